@@ -1,0 +1,143 @@
+"""Data sets: the digits that come with the repository, CIFAR-10, or a folder of one's own.
+
+Every item is (image [3, S, S] in [0, 1], label). A data set has `classes`, the names of its labels.
+
+    digits   assets/digits.npz: 1,797 handwritten digits of 8x8 pixels, 17 gray levels, from "Optical
+             Recognition of Handwritten Digits" (E. Alpaydin, C. Kaynak, UCI Machine Learning
+             Repository, CC BY 4.0), as scikit-learn's load_digits gives them. Enlarged to the image
+             size (bilinear), gray copied to three channels. A fixed stratified split stands in the
+             file: 1,197 train, 240 validation (choose recipes on these), 360 test.
+    cifar10  torchvision's CIFAR10, downloaded to data/ on first use.
+    FOLDER   FOLDER/train/<class>/*.jpg and FOLDER/val/<class>/*.jpg (torchvision's ImageFolder).
+
+cifar10 and FOLDER hold no third split: their validation images serve as test images as well.
+"""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch.utils.data import BatchSampler, DataLoader, RandomSampler, SequentialSampler
+from torch.utils.data import Subset, TensorDataset
+from torchvision import datasets, transforms
+from torchvision.transforms import InterpolationMode
+
+from model import IMAGENET_MEAN, IMAGENET_STD, UserError
+
+HERE = Path(__file__).parent
+STATISTICS = {  # channel mean and standard deviation, used inside the models
+    "digits": ((0.306,) * 3, (0.324,) * 3),
+    "cifar10": ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
+}
+
+
+def statistics(name):
+    """Mean and std of a data set by its --data name; ImageNet's for a folder."""
+    return STATISTICS.get(name, (IMAGENET_MEAN, IMAGENET_STD))
+
+
+def short_name(name):
+    """What runs/<data>/ is called: digits, cifar10, or the folder's own name."""
+    return name if name in STATISTICS else Path(name).resolve().name
+
+
+# ----------------------------------------------------------------------------------- transforms
+
+def eval_transform(image_size):
+    """Resize (256 for 224) and center crop, bicubic; images under 128 pixels are not cropped."""
+    resize = image_size * 256 // 224 if image_size >= 128 else image_size
+    return transforms.Compose([transforms.Resize(resize, InterpolationMode.BICUBIC),
+                               transforms.CenterCrop(image_size), transforms.ToTensor()])
+
+
+def pretrain_transform(image_size):
+    """RandomResizedCrop(0.2..1, bicubic) and flip."""
+    return transforms.Compose([
+        transforms.RandomResizedCrop(image_size, (0.2, 1), interpolation=InterpolationMode.BICUBIC),
+        transforms.RandomHorizontalFlip(), transforms.ToTensor()])
+
+
+def finetune_transform(image_size):
+    """RandomResizedCrop(0.08..1), flip, RandAugment (2 operations at 27 of 30), erasing 0.25.
+
+    Random erasing writes N(0, 1) values, so the caller clamps to [0, 1] again.
+    """
+    return transforms.Compose([
+        transforms.RandomResizedCrop(image_size, (0.08, 1), interpolation=InterpolationMode.BICUBIC),
+        transforms.RandomHorizontalFlip(),
+        transforms.RandAugment(num_ops=2, magnitude=27, interpolation=InterpolationMode.BILINEAR),
+        transforms.ToTensor(), transforms.RandomErasing(0.25, value="random")])
+
+
+# ------------------------------------------------------------------------------------ data sets
+
+def read_image(path):
+    """A PIL RGB image, or a UserError that names the file."""
+    try:
+        with open(path, "rb") as file:
+            return Image.open(file).convert("RGB")
+    except FileNotFoundError:
+        raise UserError(f"{path} does not exist") from None
+    except Exception as error:  # Pillow's decoders raise many kinds
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(f"cannot read image {path}: {reason}; replace or remove it") from None
+
+
+def load_digits(split, image_size):
+    """The digits of one split as a TensorDataset of [N, 3, S, S] floats and [N] labels."""
+    with np.load(HERE / "assets" / "digits.npz", allow_pickle=False) as file:
+        chosen = file["split"] == ("train", "val", "test").index(split)
+        images = torch.from_numpy(file["images"][chosen]).float() / 16  # 0..16 -> [0, 1]
+        labels = torch.from_numpy(file["labels"][chosen]).long()
+    images = F.interpolate(images[:, None], size=(image_size, image_size), mode="bilinear")
+    dataset = TensorDataset(images.expand(-1, 3, -1, -1).contiguous(), labels)
+    dataset.classes = [str(digit) for digit in range(10)]
+    return dataset
+
+
+def load_dataset(name, split, image_size, transform=None):
+    """The data set `name` (digits, cifar10 or a folder); split train, val or test.
+
+    transform: from PIL image to [3, S, S]; default eval_transform. Ignored by the digits.
+    Raises UserError for a missing or empty folder and for a download that fails.
+    """
+    if name == "digits":
+        return load_digits(split, image_size)
+    transform = transform or eval_transform(image_size)
+    if name == "cifar10":
+        try:
+            return datasets.CIFAR10("data", train=split == "train", transform=transform,
+                                    download=True)
+        except (OSError, RuntimeError) as error:  # no network, or a damaged download
+            raise UserError(f"could not get CIFAR-10 into data/ ({str(error).splitlines()[0]}); "
+                            "place cifar-10-python.tar.gz there or use --data FOLDER") from None
+    folder = Path(name) / ("train" if split == "train" else "val")
+    if not folder.is_dir():
+        raise UserError(f"no folder {folder}: --data takes digits, cifar10, or a folder with "
+                        "train/<class>/ and val/<class>/ in it")
+    try:
+        return datasets.ImageFolder(folder, transform, loader=read_image)
+    except FileNotFoundError as error:  # no class folder, or one without images
+        raise UserError(f"{folder}: {str(error).splitlines()[0]}") from None
+
+
+def loader(dataset, batch_size, shuffle=False, workers=0, device="cpu"):
+    """Batches (images, labels). Shuffling is for training: it also drops the last partial batch.
+
+    Order and augmentation follow torch's global random state.
+    """
+    batch_size = min(batch_size, len(dataset))
+    sampler = RandomSampler(dataset) if shuffle else SequentialSampler(dataset)
+    batches = BatchSampler(sampler, batch_size, drop_last=shuffle)
+    if isinstance(dataset, TensorDataset):  # in memory: a batch is one indexing operation
+        return DataLoader(dataset, sampler=batches, batch_size=None)
+    return DataLoader(dataset, batch_sampler=batches, num_workers=workers,
+                      pin_memory=device != "cpu", persistent_workers=False)
+
+
+def subset(dataset, count=None):
+    """`count` images evenly spread over the data set (a folder lists its images class by class)."""
+    count = min(count or len(dataset), len(dataset))
+    return Subset(dataset, [i * len(dataset) // count for i in range(count)])
