@@ -12,6 +12,7 @@ checkpoint.pt after every epoch into a folder inside the autoencoder's. Next: de
 """
 
 import argparse
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -77,12 +78,114 @@ def train(args, mode, device):
     if args.keep_visible and not masks:
         raise common.UserError("--keep-visible is for --de3 behind an autoencoder of --task mim")
     folder = common.variant(
-        source if autoencoder else common.runs_folder(args), mode,
+        Path(source) if autoencoder else common.runs_folder(args), mode,
         mode != "clean" and not masks and args.sigma,
         masks and args.mask_ratio != 0.75 and f"{args.mask_ratio:g}", masks and args.keep_visible and "visible",
         args.adversarial is not None and f"adversarial{255 * args.adversarial:g}",
         args.classifier if args.classifier != "vit" else args.from_scratch and "scratch",
         args.seed and f"seed{args.seed}")
 
-    # the data
-    train_set = data.load_dataset(args.data, "train", 32)
+    # the data; the recipe's augmentation needs a data set that is big enough
+    size = pretraining["config"] if autoencoder else dict(
+        SIZES[args.size], **dict(zip(("mean", "std"), data.statistics(args.data))))
+    image_size = size["image_size"]
+    train_set = data.load_dataset(args.data, "train", image_size)
+    augment = len(train_set) >= 10_000 if args.augment is None else args.augment
+    if augment:
+        if args.data == "digits":
+            raise common.UserError("--augment flips and crops, which the digits do not stand")
+        train_set.transform = data.finetune_transform(image_size)
+    heldout = data.load_dataset(args.data, "val", image_size)
+    if heldout.classes != train_set.classes:
+        raise common.UserError(f"{args.data}: train/ and val/ do not hold the same classes")
+    heldout = data.subset(heldout, 1000)
+    batches = data.loader(train_set, args.batch_size, shuffle=True, workers=args.workers,
+                          device=device)
+    num_classes = len(train_set.classes)
+
+    # the classifier, from the encoder unless --from-scratch
+    torch.manual_seed(args.seed)
+    config = {name: size[name] for name in ("image_size", "patch_size", "embed_dim", "depth",
+                                            "num_heads", "mean", "std")}
+    config.update(kind=args.classifier, num_classes=num_classes, drop_path=args.drop_path)
+    classifier = common.make_classifier(**config).to(device)
+    if not args.from_scratch:
+        start_from_autoencoder(classifier, autoencoder)
+    optimizer = torch.optim.AdamW(
+        common.parameter_groups(classifier, args.weight_decay, args.layer_decay),
+        betas=(0.9, 0.999))
+    defense = De3(autoencoder if mode == "de3" else None, classifier,
+                  None if mode == "clean" or masks else args.sigma,
+                  args.mask_ratio if masks else None, args.keep_visible)
+
+    # where an earlier run stands
+    settings = {name: str(value) for name, value in vars(args).items() if name not in
+                ("device", "runs", "workers", "resume", "overwrite", "autoencoder", "mode")}
+    settings["fingerprint"] = common.fingerprint(autoencoder) if autoencoder else ""
+    checkpoint = common.open_run(folder, settings, "classifier", args)
+    epoch = 0
+    if checkpoint:
+        epoch = checkpoint["epoch"]
+        classifier.load_state_dict(checkpoint["model"])
+        optimizer.load_state_dict(checkpoint["optimizer"])
+
+    # training
+    mix = v2.RandomChoice([v2.MixUp(alpha=0.8, num_classes=num_classes),
+                           v2.CutMix(alpha=1.0, num_classes=num_classes)])
+    peak = args.base_lr * min(args.batch_size, len(train_set)) / 256
+    progress = Progress(epoch, args.epochs)
+    for epoch in range(epoch, args.epochs):
+        common.seed_epoch(args.seed, epoch)
+        for step, (images, labels) in enumerate(batches, start=epoch * len(batches)):
+            images, labels = images.to(device, non_blocking=True), labels.to(device)
+            images, targets = images.clamp(0, 1), labels  # random erasing leaves [0, 1]
+            if masks:
+                defense.mask_ratio = args.mask_ratio * torch.rand(()).item()
+            if args.adversarial is not None:
+                classifier.eval()
+                images = pgd(defense, images, labels, args.adversarial, ATTACK_STEPS)
+            elif augment:
+                images, targets = mix(images, labels)
+            classifier.train()
+            with torch.no_grad():
+                purified = defense.purify(images)
+            logits = classifier(purified)
+            loss = F.cross_entropy(logits, targets, label_smoothing=0.1 if augment else 0.0)
+            lr = common.learning_rate(step, args.epochs * len(batches),
+                                      args.warmup_epochs * len(batches), peak, final=1e-6)
+            common.update(loss, optimizer, lr, step)
+            hits = (logits.argmax(1) == labels).sum().item()
+            progress.add(loss.item(), len(images), hits if targets is labels else None)
+        common.save_checkpoint(folder / "checkpoint.pt", {
+            "kind": "classifier", "config": config, "mode": mode, "settings": settings,
+            "autoencoder": str(source) if autoencoder else None, "classes": train_set.classes,
+            "keep_visible": args.keep_visible, "fingerprint": settings["fingerprint"],
+            "model": classifier.state_dict(), "optimizer": optimizer.state_dict(),
+            "epoch": epoch + 1, "epochs": args.epochs})
+        progress.epoch_done(epoch + 1, lr)
+
+    # accuracy on held-out images, seen as in training
+    defense.eval()
+    common.seed_epoch(args.seed, args.epochs)
+    if masks:
+        defense.mask_ratio = args.mask_ratio / 2
+    hits = 0
+    for images, labels in data.loader(heldout, 250, workers=args.workers):
+        with torch.no_grad():
+            hits += (defense(images.to(device)).argmax(1).cpu() == labels).sum().item()
+    level = ("" if mode == "clean" else
+             f" at mask ratio {defense.mask_ratio:g}" if masks else f" at sigma {args.sigma}")
+    print(f"{mode}{level}: {100 * hits / len(heldout):.1f}% of {len(heldout)} validation images")
+    print(f"wrote {folder / 'checkpoint.pt'}\n")
+
+
+def main():
+    args = arguments()
+    device = common.pick_device(args.device)
+    usual = ["de3", "clean"] if args.adversarial is None else ["clean"]
+    for mode in [args.mode] if args.mode else usual:
+        train(args, mode, device)
+
+
+if __name__ == "__main__":
+    common.run_script(main)
