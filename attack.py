@@ -11,11 +11,9 @@ draw per step and overstate it. Robust accuracy is measured after the attack, on
 of the defense (the mean over draws: one shot). Adds its rows to RUNS/<data>/attack.csv.
 """
 
-import argparse
 import csv
 import os
 import time
-from pathlib import Path
 from statistics import NormalDist
 
 import torch
@@ -133,3 +131,178 @@ def pgd(model, images, labels, eps, steps, step_size=None, norm="linf", random_s
             x = project(x + step_size * direction, images, eps, norm)
         candidates.append(x)
     return candidates[0] if restarts == 1 else strongest(model, candidates, labels, targets)
+
+
+# --------------------------------------------------------------------------------- the evaluation
+
+FIELDS = ("defense sigma mask_ratio votes attack norm eps steps step_size restarts eot loss threat "
+          "images seed clean_accuracy robust_accuracy seconds").split()
+RESULTS = ("clean_accuracy", "robust_accuracy", "seconds")
+
+
+def accuracy(model, images, labels, draws):
+    """Share of correct predictions of each image over fresh draws of the model: [B]."""
+    with torch.no_grad():
+        return torch.stack([(model(images).argmax(1) == labels).double()
+                            for _ in range(draws)]).mean(0)
+
+
+def interval(percent, images):
+    """95% Wilson interval of an accuracy in percent, as text."""
+    z, p = NormalDist().inv_cdf(0.975), percent / 100
+    center, width = p + z**2 / (2 * images), z * (p * (1 - p) / images + z**2 / 4 / images**2) ** 0.5
+    low, high = (100 * (center + sign * width) / (1 + z**2 / images) for sign in (-1, 1))
+    return f"{percent:5.1f} [{low:4.1f}, {high:5.1f}]"
+
+
+def check_adversarial(adversarial, images, eps, norm):
+    """Stop the run unless every adversarial image lies in the ball and in [0, 1]."""
+    delta = (adversarial - images).flatten(1)
+    length = delta.abs().amax(1) if norm == "linf" else delta.norm(dim=1)
+    check_images(adversarial)
+    if not (length <= eps + 1e-6 * max(1.0, eps)).all():
+        raise UserError(f"an adversarial image left the ball: {length.max():.6f} over eps {eps:.6f}")
+
+
+def merge_rows(path, rows):
+    """Add rows to the table; a row of the same settings is replaced, others are kept."""
+    def key(row):
+        return [str(row[name]) for name in FIELDS if name not in RESULTS]
+    kept = []
+    if path.exists():
+        with open(path, newline="") as file:
+            kept = list(csv.DictReader(file))
+        if kept and list(kept[0]) != FIELDS:
+            raise UserError(f"{path} is not a table of attack.py: move it away")
+    new = [key(row) for row in rows]
+    kept = [row for row in kept if key(row) not in new]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path.with_suffix(".tmp"), "w", newline="") as file:
+        table = csv.DictWriter(file, FIELDS)
+        table.writeheader()
+        table.writerows(kept + rows)
+    os.replace(path.with_suffix(".tmp"), path)
+
+
+def plot(path, rows, args):
+    """Accuracy over sigma; one line for each eps and attack. Needs matplotlib."""
+    try:
+        import matplotlib
+    except ImportError:
+        return
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+    rows = [row for row in rows if row["sigma"] != ""]
+    if len({row["sigma"] for row in rows}) < 2:
+        return
+    figure, axes = pyplot.subplots(figsize=(6, 4))
+    clean = sorted({(row["sigma"], row["clean_accuracy"]) for row in rows})
+    axes.plot(*zip(*clean), "k-o", label="clean")
+    styles = {"fgsm": ":", "pgd": "--", "pgd+eot": "-"}
+    for name in sorted({row["defense"] for row in rows}):
+        for attack in args.attack:
+            for number, eps in enumerate(args.eps):
+                line = sorted((row["sigma"], row["robust_accuracy"]) for row in rows if
+                              (row["defense"], row["attack"], row["eps"]) == (name, attack, f"{eps:.6g}"))
+                if line:
+                    axes.plot(*zip(*line), styles[attack] + "sv^D"[number % 4], color=f"C{number}",
+                              label=f"{attack}, eps {255 * eps:g}/255")
+    axes.set(xlabel="sigma at test time (8-bit units)", ylabel="accuracy (%)", ylim=(0, 100),
+             title=f"{args.steps} steps, EOT {args.eot}, {rows[0]['images']} images")
+    axes.legend(fontsize=7)
+    figure.savefig(path, dpi=150, bbox_inches="tight")
+    print(f"wrote {path}")
+
+
+def arguments():
+    result = common.parser(__doc__)
+    add = result.add_argument
+    common.evaluation_flags(add)
+    add("--attack", type=common.listed(common.one_of("attack", "fgsm", "pgd", "pgd+eot")),
+        default=["fgsm", "pgd", "pgd+eot"], metavar="A,A,...", help="default fgsm,pgd,pgd+eot")
+    add("--eps", type=common.listed(common.eps), default=[8 / 255, 16 / 255], metavar="E,E,...",
+        help="radii, default 8/255,16/255")
+    add("--norm", choices=["linf", "l2"], default="linf", help="default linf")
+    add("--steps", type=common.count, default=20, help="of pgd, default 20")
+    add("--step-size", type=common.eps, help="of pgd, as 2/255; default 2.5 eps/steps")
+    add("--restarts", type=common.count, default=1, help="of pgd, default 1")
+    add("--eot", type=common.count, default=8, help="draws in each gradient of pgd+eot, default 8")
+    add("--loss", type=common.listed(common.one_of("loss", "ce", "margin")), default=["ce"],
+        metavar="L,L", help="ce (default), margin, or ce,margin: the stronger for each image")
+    add("--threat", choices=["white", "gray"], default="white",
+        help="white (default): through the defense; gray: gradients of the classifier only")
+    add("--plain-clamp", action="store_true",
+        help="gradients stop where De³ clamps; default: they go straight through")
+    add("--draws", type=common.count, default=5, help="fresh draws that score a defense, default 5")
+    args = result.parse_args()
+    common.fill_defaults(args)
+    if args.norm == "linf" and max(args.eps) > 1:
+        raise UserError(f"eps {max(args.eps):g} is above 1: write 8/255 for 8 of 255 gray levels")
+    return args
+
+
+def main():
+    args = arguments()
+    device = common.pick_device(args.device)
+    defenses, checkpoint = common.load_defenses(args, device, not args.plain_clamp)
+    test_set = common.load_test_images(args, checkpoint)
+    batches = data.loader(test_set, args.batch_size, workers=args.workers)
+    table = common.runs_folder(args) / "attack.csv"
+    rows = []
+    print(f"{len(test_set)} {args.split} images, {args.norm}, {args.steps} steps, EOT {args.eot}, "
+          f"{args.restarts} restart(s), loss {'+'.join(args.loss)}, {args.threat}-box, "
+          f"seed {args.seed}; accuracy in % [95% interval]\n")
+    print(f"{'defense':34} {'sigma':>8} {'eps':>7}  {'attack':8} {'clean':>19} {'robust':>19} "
+          f"{'seconds':>8}")
+    for name, defense in defenses:
+        random = defense.mask_ratio is not None or bool(defense.sigma and defense.sigma.a > 0)
+        draws = args.draws if random else 1
+        torch.manual_seed(args.seed)
+        clean = torch.cat([accuracy(defense, images.to(device), labels.to(device), draws)
+                           for images, labels in batches]).mean().item() * 100
+        attacked = defense if args.threat == "white" else defense.classifier
+        for eps in args.eps:
+            for attack in args.attack:
+                if attack == "pgd+eot" and not (random and args.threat == "white") and (
+                        "pgd" in args.attack):
+                    continue  # nothing random to average over: pgd is the same attack
+                fgsm = attack == "fgsm"
+                settings = dict(  # the attack itself
+                    steps=1 if fgsm else args.steps, norm=args.norm, random_start=not fgsm,
+                    step_size=eps if fgsm else args.step_size or 2.5 * eps / args.steps,
+                    restarts=1 if fgsm else args.restarts,
+                    eot=args.eot if attack == "pgd+eot" else 1)
+                torch.manual_seed(args.seed)
+                start, robust = time.time(), []
+                for images, labels in batches:
+                    images, labels = images.to(device), labels.to(device)
+                    candidates = [pgd(attacked, images, labels, eps, loss=loss, **settings)
+                                  for loss in args.loss]
+                    adversarial = candidates[0] if len(candidates) == 1 else strongest(
+                        attacked, candidates, labels)
+                    check_adversarial(adversarial, images, eps, args.norm)
+                    robust.append(accuracy(defense, adversarial, labels, draws))
+                robust = torch.cat(robust).mean().item() * 100
+                level = defense.sigma.a if defense.sigma else ""
+                rows.append({
+                    "defense": name, "sigma": level, "votes": args.votes, "attack": attack,
+                    "mask_ratio": "" if defense.mask_ratio is None else defense.mask_ratio,
+                    "norm": args.norm, "eps": f"{eps:.6g}", "steps": settings["steps"],
+                    "step_size": f"{settings['step_size']:.6g}", "eot": settings["eot"],
+                    "restarts": settings["restarts"], "loss": "+".join(args.loss),
+                    "threat": args.threat + "-plainclamp" * args.plain_clamp, "images": len(test_set), "seed": args.seed,
+                    "clean_accuracy": round(clean, 2), "robust_accuracy": round(robust, 2),
+                    "seconds": round(time.time() - start, 1)})
+                merge_rows(table, rows)
+                shown = "off" if not defense.defended else (
+                    f"{level:g}" if level != "" else f"mask {defense.mask_ratio:g}")
+                radius = f"{255 * eps:g}/255" if args.norm == "linf" else f"{eps:g}"
+                print(f"{name:34} {shown:>8} {radius:>7}  {attack:8} "
+                      f"{interval(clean, len(test_set)):>19} {interval(robust, len(test_set)):>19} "
+                      f"{time.time() - start:8.1f}", flush=True)
+    print(f"\nwrote {table}")
+    plot(table.with_name("tradeoff.png"), rows, args)
+
+
+if __name__ == "__main__":
+    common.run_script(main)

@@ -76,6 +76,15 @@ def eps(text):
     return value
 
 
+def one_of(what, *names):
+    """An argparse type: one of some names."""
+    def convert(text):
+        if text not in names:
+            raise UserError(f"unknown {what} {text!r}: choose from {', '.join(names)}")
+        return text
+    return checked(convert)
+
+
 @checked
 def mask_ratio(text):
     check_mask_ratio(float(text))
