@@ -245,7 +245,7 @@ def main():
     args = arguments()
     device = common.pick_device(args.device)
     defenses, checkpoint = common.load_defenses(args, device, not args.plain_clamp)
-    test_set = common.load_test_images(args, checkpoint)
+    test_set = common.load_test_images(args, checkpoint, 120)
     batches = data.loader(test_set, args.batch_size, workers=args.workers)
     table = common.runs_folder(args) / "attack.csv"
     rows = []

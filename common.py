@@ -28,7 +28,7 @@ SIZES = {  # arguments of Autoencoder; base, large and huge are MAE's
     "huge": dict(image_size=224, patch_size=14, embed_dim=1280, depth=32, num_heads=16, **DECODER),
 }
 DEFAULTS = {  # by --data; sigma: of pretraining, of fine-tuning, at test time
-    "digits": dict(size="tiny", pretrain="gamma:10,8", finetune="uniform:0,60", test="0,50,100"),
+    "digits": dict(size="tiny", pretrain="gamma:10,8", finetune="uniform:0,60", test="0,50"),
     "cifar10": dict(size="small", pretrain="gamma:25,3", finetune="uniform:0,30", test="0,35,70,140"),
     "FOLDER": dict(size="base", pretrain="gamma:25,3", finetune="uniform:0,30", test="0,35,70,140"),
 }
@@ -64,6 +64,15 @@ def number(kind, low, high=math.inf):
 
 count = number(int, 1)  # of images, epochs, steps, draws ...
 sigma = checked(NoiseScale.parse)
+
+
+@checked
+def test_sigma(text):
+    """'off', for undefended, or a number."""
+    scale = None if text == "off" else NoiseScale.parse(text)
+    if scale and scale.kind != "fixed":
+        raise UserError(f"sigma {text!r}: at test time sigma is a number, or off")
+    return scale and scale.a
 
 
 @checked
@@ -137,8 +146,7 @@ def evaluation_flags(add):
     add("--classifier", nargs="+", metavar="RUN", help="fine-tuning runs (folders); default: the "
         "undefended and the De³ classifier of finetune.py's default")
     add("--autoencoder", metavar="RUN", help="default: the one the classifier was trained behind")
-    add("--sigma", type=listed(checked(lambda text: None if text == "off" else float(
-        NoiseScale.parse(number(float, 0)(text)).a))), metavar="S,S,...",
+    add("--sigma", type=listed(test_sigma), metavar="S,S,...",
         help="sigmas to test, 'off' for undefended; default: off for an undefended classifier, "
              f"{DEFAULTS['digits']['test']} (digits) or {DEFAULTS['FOLDER']['test']} for De³")
     add("--mask-ratio", type=listed(mask_ratio), default=[0.25, 0.5, 0.75], metavar="R,R,...",
@@ -146,7 +154,7 @@ def evaluation_flags(add):
     add("--votes", type=count, default=1, help="draws that De³ averages for one answer, default 1")
     add("--split", choices=["train", "val", "test"], default="test",
         help="default test; only the digits tell val from test")
-    add("--images", type=count, help="how many, evenly spread; default 360 (digits), 1000")
+    add("--images", type=count, help="how many, evenly spread; default 120 in attack.py, else 1000, or all there are")
     add("--batch-size", type=count, default=120, help="default 120")
 
 
@@ -339,12 +347,12 @@ def load_defenses(args, device, straight_through=True):
     return defenses, checkpoint
 
 
-def load_test_images(args, checkpoint):
+def load_test_images(args, checkpoint, usual_count):
     """The images --data, --split and --images ask for, sized for the classifier of a checkpoint."""
     images = data.load_dataset(args.data, args.split, checkpoint["config"]["image_size"])
     if images.classes != checkpoint["classes"]:
         raise UserError(f"the classes of {args.data} are not those the classifier was trained on")
-    return data.subset(images, args.images or (360 if args.data == "digits" else 1000))
+    return data.subset(images, args.images or usual_count)
 
 
 # ------------------------------------------------------------------------------------- training

@@ -86,7 +86,7 @@ def main():
     defenses, checkpoint = common.load_defenses(args, device)
     if args.photos:
         return purify_photos(args, defenses, checkpoint, device)
-    test_set = common.load_test_images(args, checkpoint)
+    test_set = common.load_test_images(args, checkpoint, 1000)
     batches = data.loader(test_set, args.batch_size, workers=args.workers)
 
     # clean accuracy, and the PSNR of what the classifier sees, over sigma

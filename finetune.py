@@ -27,7 +27,7 @@ from model import De3, NoiseScale, start_from_autoencoder
 IMAGENET = dict(epochs=100, batch_size=1024, base_lr=1e-3, warmup_epochs=5, layer_decay=0.75,
                 drop_path=0.1)
 RECIPES = {  # the paper's from base on; tiny was chosen on the validation images of the digits
-    "tiny": dict(epochs=40, batch_size=32, base_lr=3.2e-2, warmup_epochs=4, layer_decay=1.0,
+    "tiny": dict(epochs=32, batch_size=32, base_lr=3.2e-2, warmup_epochs=3, layer_decay=1.0,
                  drop_path=0.0),
     "small": {**IMAGENET, "epochs": 50, "batch_size": 256},
     "base": IMAGENET, "large": {**IMAGENET, "epochs": 50},
