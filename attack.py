@@ -271,7 +271,7 @@ def main():
                     steps=1 if fgsm else args.steps, norm=args.norm, random_start=not fgsm,
                     step_size=eps if fgsm else args.step_size or 2.5 * eps / args.steps,
                     restarts=1 if fgsm else args.restarts,
-                    eot=args.eot if attack == "pgd+eot" else 1)
+                    eot=args.eot if attack == "pgd+eot" and random else 1)
                 torch.manual_seed(args.seed)
                 start, robust = time.time(), []
                 for images, labels in batches:

@@ -323,7 +323,9 @@ def load_defenses(args, device, straight_through=True):
         mode, sigmas, ratios = checkpoint["mode"], args.sigma, [None]
         autoencoder, task = None, "nim"
         if mode == "de3" or (mode == "clean" and sigmas and sigmas != [None]):
-            source = args.autoencoder or checkpoint["autoencoder"] or default_autoencoder(args)
+            parent = (Path(folder).parent if Path(folder).suffix == ".pt" else Path(folder)).parent
+            inside = mode == "de3" or (parent / "checkpoint.pt").exists()
+            source = args.autoencoder or (parent if inside else default_autoencoder(args))
             autoencoder, pretraining = load_finished(source, "autoencoder",
                                                      command("pretrain.py", args), device)
             task = pretraining["task"]

@@ -70,7 +70,8 @@ def arguments():
 
 def train(args, mode, device):
     """Train one classifier; mode: de3, clean or no-denoise."""
-    source = args.autoencoder or common.default_autoencoder(args)
+    source = Path(args.autoencoder or common.default_autoencoder(args))
+    source = source.parent if source.suffix == ".pt" else source
     autoencoder = task = None
     if mode == "de3" or not args.from_scratch:
         autoencoder, pretraining = common.load_finished(
@@ -80,7 +81,7 @@ def train(args, mode, device):
     if args.keep_visible and not masks:
         raise common.UserError("--keep-visible is for --de3 behind an autoencoder of --task mim")
     folder = common.variant(
-        Path(source) if autoencoder else common.runs_folder(args), mode,
+        source if autoencoder else common.runs_folder(args), mode,
         mode != "clean" and not masks and args.sigma,
         masks and args.mask_ratio != 0.75 and f"{args.mask_ratio:g}", masks and args.keep_visible and "visible",
         args.adversarial is not None and f"adversarial{255 * args.adversarial:g}",
@@ -121,8 +122,10 @@ def train(args, mode, device):
                   args.mask_ratio if masks else None, args.keep_visible)
 
     # where an earlier run stands
-    settings = {name: str(value) for name, value in vars(args).items() if name not in
-                ("device", "runs", "workers", "resume", "overwrite", "autoencoder", "mode")}
+    ignored = ["device", "runs", "workers", "resume", "overwrite", "autoencoder", "mode"]
+    ignored += ["sigma"] if mode == "clean" or masks else []
+    ignored += [] if masks else ["mask_ratio", "keep_visible"]
+    settings = {name: str(value) for name, value in vars(args).items() if name not in ignored}
     settings["fingerprint"] = common.fingerprint(autoencoder) if autoencoder else ""
     checkpoint = common.open_run(folder, settings, "classifier", args)
     epoch = 0
@@ -160,8 +163,8 @@ def train(args, mode, device):
             progress.add(loss.item(), len(images), hits if targets is labels else None)
         common.save_checkpoint(folder / "checkpoint.pt", {
             "kind": "classifier", "config": config, "mode": mode, "settings": settings,
-            "autoencoder": str(source) if autoencoder else None, "classes": train_set.classes,
-            "keep_visible": args.keep_visible, "fingerprint": settings["fingerprint"],
+            "classes": train_set.classes, "keep_visible": args.keep_visible,
+            "fingerprint": settings["fingerprint"],
             "model": classifier.state_dict(), "optimizer": optimizer.state_dict(),
             "epoch": epoch + 1, "epochs": args.epochs})
         progress.epoch_done(epoch + 1, lr)
