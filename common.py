@@ -133,10 +133,11 @@ def training_flags(add, recipes):
     add("--overwrite", action="store_true", help="train anew over an earlier run of this name")
 
 
-def fill_defaults(args, recipes=None):
-    """Set what was not given: the size by the data set, then the size's recipe."""
+def fill_defaults(args, recipes=(), classifier=""):
+    """Set what was not given: the size by the data set, then the recipe of size and classifier."""
     args.size = args.size or default(args, "size")
-    for name, value in (recipes[args.size] if recipes else {}).items():
+    key = f"{args.size} {classifier}" if f"{args.size} {classifier}" in recipes else args.size
+    for name, value in (recipes[key] if recipes else {}).items():
         if getattr(args, name) is None:
             setattr(args, name, value)
 

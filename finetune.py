@@ -29,6 +29,8 @@ IMAGENET = dict(epochs=100, batch_size=1024, base_lr=1e-3, warmup_epochs=5, laye
 RECIPES = {  # the paper's from base on; tiny was chosen on the validation images of the digits
     "tiny": dict(epochs=32, batch_size=32, base_lr=3.2e-2, warmup_epochs=3, layer_decay=1.0,
                  drop_path=0.0),
+    "tiny resnet18": dict(epochs=12, batch_size=128, base_lr=2e-3, warmup_epochs=1,
+                          layer_decay=1.0, drop_path=0.0),
     "small": {**IMAGENET, "epochs": 50, "batch_size": 256},
     "base": IMAGENET, "large": {**IMAGENET, "epochs": 50},
     "huge": {**IMAGENET, "epochs": 50, "drop_path": 0.2},
@@ -61,7 +63,7 @@ def arguments():
         "MixUp/CutMix, label smoothing; default: with 10,000 training images or more")
     common.training_flags(add, RECIPES)
     args = result.parse_args()
-    common.fill_defaults(args, RECIPES)
+    common.fill_defaults(args, RECIPES, args.classifier)
     args.sigma = args.sigma or NoiseScale.parse(common.default(args, "finetune"))
     args.from_scratch = args.from_scratch or args.classifier != "vit"
     args.layer_decay = 1.0 if args.from_scratch else args.layer_decay
