@@ -236,8 +236,8 @@ def arguments():
     add("--draws", type=common.count, default=5, help="fresh draws that score a defense, default 5")
     args = result.parse_args()
     common.fill_defaults(args)
-    if args.norm == "linf" and max(args.eps) > 1:
-        raise UserError(f"eps {max(args.eps):g} is above 1: write 8/255 for 8 of 255 gray levels")
+    if args.norm == "linf":
+        common.check_linf(max(args.eps))
     return args
 
 

@@ -95,6 +95,19 @@ def one_of(what, *names):
 
 
 @checked
+def linf_eps(text):
+    """'8/255' or '0.03', at most 1."""
+    top, _, bottom = text.partition("/")
+    return check_linf(float(top) / float(bottom or 1))
+
+
+def check_linf(value):
+    if not 0 <= value <= 1:
+        raise UserError(f"eps {value:g} is not in [0, 1]: write 8/255 for 8 of 255 gray levels")
+    return value
+
+
+@checked
 def mask_ratio(text):
     check_mask_ratio(float(text))
     return float(text)
@@ -160,11 +173,12 @@ def evaluation_flags(add):
 
 
 def pick_device(name):
+    name = name if name != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        return str(torch.empty(0, device=name if name != "auto" else
-                               "cuda" if torch.cuda.is_available() else "cpu").device)
+        torch.zeros(1, device=name).item()
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"device {name!r} cannot be used: {str(error).splitlines()[0]}") from None
+    return name
 
 
 def run_script(main):
@@ -362,6 +376,8 @@ def load_test_images(args, checkpoint, usual_count):
 
 def parameter_groups(model, weight_decay, layer_decay=1.0):
     """AdamW groups: no weight decay on 1-D parameters, class token and position embedding.
+
+    (The paper exempts the class token in fine-tuning only; here it is exempt in both stages.)
 
     layer_decay: the lr of block i is scaled by layer_decay^(depth - i), that of the tokens
     (patches, positions, class) by layer_decay^(depth + 1), that of the head by 1 (as in MAE).

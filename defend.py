@@ -29,7 +29,7 @@ def arguments():
     add = result.add_argument
     add("photos", nargs="*", help="image files to purify and classify")
     common.evaluation_flags(add)
-    add("--eps", type=common.eps, default=16 / 255, help="of the attack in defend.png, 16/255")
+    add("--eps", type=common.linf_eps, default=16 / 255, help="of the attack in defend.png, 16/255")
     add("--steps", type=common.count, default=20, help="of the attack in defend.png, default 20")
     add("--eot", type=common.count, default=8, help="draws per gradient there, default 8")
     args = result.parse_args()

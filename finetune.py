@@ -53,7 +53,7 @@ def arguments():
     add("--mask-ratio", type=common.mask_ratio, default=0.75,
         help="behind MIM: the ratio is drawn from Uniform(0, this); default 0.75")
     add("--keep-visible", action="store_true", help="behind MIM: keep unmasked patches as they are")
-    add("--adversarial", type=common.eps, metavar="EPS", help="adversarial training, linf, as 8/255")
+    add("--adversarial", type=common.linf_eps, metavar="EPS", help="adversarial training, linf, as 8/255")
     add("--from-scratch", action="store_true", help="random weights instead of the encoder's")
     add("--classifier", choices=["vit", "resnet18"], default="vit", help="default vit")
     add("--layer-decay", type=common.number(float, 1e-6, 1),

@@ -45,7 +45,6 @@ from PIL import Image
 from torch import nn
 from torch.utils.data import TensorDataset
 from torchvision.models import resnet18
-from torchvision.transforms.functional import to_tensor
 
 import attack
 import common
@@ -149,10 +148,10 @@ class TestPatches(unittest.TestCase):
 class TestNoise(unittest.TestCase):
     def test_add_noise(self):
         torch.manual_seed(0)
-        images = torch.full((10, 3, 64, 64), 0.9)
+        images = torch.full((10, 3, 256, 256), 0.9)
         noise = add_noise(images, 70) - images
-        self.assertAlmostEqual(noise.mean().item(), 0, delta=0.003)
-        self.assertAlmostEqual(noise.std().item(), 70 / 255, delta=0.003)
+        self.assertAlmostEqual(noise.mean().item(), 0, delta=0.001)
+        self.assertAlmostEqual(noise.std().item(), 70 / 255, delta=0.0007)
         self.assertGreater(noise.max(), 0.5)  # not clipped at 1
         self.assertFalse(torch.equal(add_noise(images, 70) - images, noise))  # fresh
         self.assertTrue(torch.equal(add_noise(images, 0), images))
@@ -625,6 +624,18 @@ class TestPgd(unittest.TestCase):
         for norm in ("linf", "l2"):
             assert_near(pgd(self.model, self.images, self.labels, 0, 3, norm=norm), self.images)
 
+    def test_project(self):
+        """To the nearest point: what lies inside stays, what lies outside goes to the edge."""
+        images = torch.full((2, 3, 4, 4), 0.5)
+        delta = torch.zeros_like(images)
+        delta[0, 0, 0, 0], delta[1, 0, 0, :2] = 0.05, torch.tensor([0.3, 0.4])
+        for norm, edge in (("linf", [0.1, 0.1]), ("l2", [0.06, 0.08])):
+            moved = attack.project(images + delta, images, 0.1, norm) - images
+            assert_near(moved[0], delta[0])
+            assert_near(moved[1, 0, 0, :2], torch.tensor(edge))
+        near_white = torch.full((2, 3, 4, 4), 0.95)
+        self.assertEqual(attack.project(near_white + 0.1, near_white, 0.1, "linf").max(), 1)
+
     def test_random_start(self):
         starts = [attack.random_point(torch.full((2000, 3, 4, 4), 0.5), 0.1, norm)
                   for norm in ("linf", "l2")]
@@ -659,6 +670,11 @@ class TestPgd(unittest.TestCase):
             broken[eot] = (Misleading()(x).argmax(1) == 1).float().mean()
         self.assertLess(broken[1], 0.2)
         self.assertGreater(broken[16], 0.8)
+
+    def test_gradient_is_a_mean(self):
+        one, three = (attack.input_gradient(self.model, self.images, self.labels, None, "ce", eot)
+                      for eot in (1, 3))
+        assert_near(one, three)
 
     def test_draws_are_fresh(self):
         """Each step and each of its eot draws is a new call of the model, and of its noise."""
@@ -1001,11 +1017,11 @@ def make_photos(folder):
     return folder
 
 
-def photo_flags(runs, data=None):
-    return "--data", data or PHOTOS, "--size", "tiny", "--workers", 0, "--runs", runs
+def photo_flags(runs, folder=None):
+    return "--data", folder or PHOTOS, "--size", "tiny", "--workers", 0, "--runs", runs
 
 
-def training(epochs=1, batch_size=8, warmup=0, base_lr=0.02):
+def training(epochs=1, batch_size=8, warmup=0, base_lr=0.04):
     return ("--epochs", epochs, "--batch-size", batch_size, "--warmup-epochs", warmup,
             "--base-lr", base_lr)
 
@@ -1019,10 +1035,10 @@ def finished(result):
 
 @functools.cache
 def digits_runs():
-    """Short runs of the default commands on the digits: (runs, pretrain's and finetune's Result)."""
+    """Short default runs on the digits: (runs, pretrain's Result, finetune's Result)."""
     runs = new_folder()
-    return (runs, finished(run("pretrain", "--runs", runs, *training(2, 64, 1))),
-            finished(run("finetune", "--runs", runs, *training(3, 64, 1))))
+    return (runs, finished(run("pretrain", "--runs", runs, *training(2, 32, 1))),
+            finished(run("finetune", "--runs", runs, *training(2, 32, 1))))
 
 
 def digits_names():
@@ -1067,7 +1083,7 @@ class TestStages(unittest.TestCase):
         self.assertEqual([path.parents[1] for path in finetuned.wrote()], [folder, folder])
         for kind in ("de3 at sigma uniform.*", "clean"):
             accuracy, = re.findall(rf"^{kind}: ([\d.]+)% of 240 val", finetuned.out, re.M)
-            self.assertGreater(float(accuracy), 40)  # chance is 10
+            self.assertGreater(float(accuracy), 25)  # chance is 10
 
     def test_defend(self):
         (runs, *_), (de3, clean) = digits_runs(), digits_names()
@@ -1101,7 +1117,8 @@ class TestStages(unittest.TestCase):
         self.assertEqual([path.name for path in images],
                          ["0_my photo_sigma0.png", "0_my photo_sigma80.png"])
         for path in images:
-            self.assertEqual(Image.open(path).size, (32, 32))
+            with Image.open(path) as image:
+                self.assertEqual(image.size, (32, 32))
 
     def test_attack(self):
         runs, *_ = digits_runs()
@@ -1160,9 +1177,25 @@ class TestFolder(unittest.TestCase):
                      "--sigma", "off,70"))
         rows = read_csv(runs / "photos/attack.csv")
         self.assertEqual({row["threat"] for row in rows}, {"gray"})
-        self.assertEqual(sorted((row["sigma"], row["attack"]) for row in rows), sorted(
-            2 * [(sigma, name) for sigma in ("", "70.0") for name in ("fgsm", "pgd", "pgd+eot")
-                 if (sigma, name) != ("", "pgd+eot")]))
+        for sigma in ("", "70.0"):  # the attacker sees the classifier only: no need of EOT
+            self.assertEqual([row["attack"] for row in rows if row["sigma"] == sigma],
+                             2 * ["fgsm", "pgd"])
+
+    def test_pretraining_noise(self):
+        """The autoencoder is shown the noisy image, one sigma per image, and clean targets."""
+        pairs, forward = [], Autoencoder.forward
+
+        def watch(autoencoder, images, noisy):
+            pairs.append((images, noisy))
+            return forward(autoencoder, images, noisy)
+        with mock.patch.object(Autoencoder, "forward", watch):
+            finished(run("pretrain", "--sigma", "gamma:25,3", *training(4),
+                         *photo_flags(new_folder())))
+        images, noisy = (torch.cat(group) for group in zip(*pairs))
+        sigmas = 255 * (noisy - images).flatten(1).std(1)
+        self.assertEqual(len(sigmas), 4 * 24)
+        self.assertAlmostEqual(sigmas.mean().item(), 75, delta=6)
+        self.assertAlmostEqual(sigmas.std().item(), 15, delta=4)
 
     def test_training_learns(self):
         source = photo_autoencoder(epochs=20)
@@ -1184,6 +1217,7 @@ class TestFolder(unittest.TestCase):
         calls, purify = [], De3.purify
 
         def watch(defense, images):
+            self.assertTrue(0 <= images.min() and images.max() <= 1)
             calls.append((defense, torch.is_grad_enabled()))
             return purify(defense, images)
         with mock.patch.object(De3, "purify", watch):
@@ -1245,6 +1279,17 @@ class TestFolder(unittest.TestCase):
         rows = read_csv(runs / "photos/attack.csv")
         self.assertEqual([(row["sigma"], row["mask_ratio"]) for row in rows],
                          [("", "0.25"), ("", "0.5")])
+
+    def test_augment(self):
+        for flags, augmented in (("--augment",), True), ((), False):
+            with mock.patch.object(F, "cross_entropy", wraps=F.cross_entropy) as losses, \
+                    mock.patch.object(data, "finetune_transform", wraps=data.finetune_transform
+                                      ) as transform:
+                self.purified("--de3", *flags)
+            self.assertEqual(transform.call_count, augmented)
+            for call in losses.call_args_list:
+                self.assertEqual(call.args[1].dim(), 1 + augmented)  # mixed labels
+                self.assertEqual(call.kwargs["label_smoothing"], 0.1 * augmented)
 
     def test_resnet18(self):
         _, result = self.purified("--de3", "--classifier", "resnet18")
@@ -1368,7 +1413,7 @@ class TestBadInput(unittest.TestCase):
 
     def test_device(self):
         for script in ("pretrain", "finetune", "defend", "attack"):
-            for device in ("nonsense", "cuda:99"):
+            for device in ("nonsense", "cuda:99", "meta"):
                 self.refused(script, "--device", device, "--runs", new_folder(), says=device)
 
     def test_missing_runs(self):
