@@ -75,14 +75,23 @@ def test_sigma(text):
     return scale and scale.a
 
 
-@checked
-def eps(text):
-    """'8/255' or '0.03': the radius in [0, 1] units (for L2 it may be larger)."""
+def radius(text):
+    """'8/255' or '0.03': an attack radius in [0, 1] units (for L2 it may be larger)."""
     top, _, bottom = text.partition("/")
     value = float(top) / float(bottom or 1)
     if not 0 <= value < math.inf:
         raise UserError(f"eps {text} must be a finite number, not negative; write 8/255")
     return value
+
+
+def check_linf(value):
+    if value > 1:
+        raise UserError(f"eps {value:g} is above 1: write 8/255 for 8 of 255 gray levels")
+    return value
+
+
+eps = checked(radius)
+linf_eps = checked(lambda text: check_linf(radius(text)))
 
 
 def one_of(what, *names):
@@ -92,19 +101,6 @@ def one_of(what, *names):
             raise UserError(f"unknown {what} {text!r}: choose from {', '.join(names)}")
         return text
     return checked(convert)
-
-
-@checked
-def linf_eps(text):
-    """'8/255' or '0.03', at most 1."""
-    top, _, bottom = text.partition("/")
-    return check_linf(float(top) / float(bottom or 1))
-
-
-def check_linf(value):
-    if not 0 <= value <= 1:
-        raise UserError(f"eps {value:g} is not in [0, 1]: write 8/255 for 8 of 255 gray levels")
-    return value
 
 
 @checked
