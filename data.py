@@ -140,4 +140,6 @@ def loader(dataset, batch_size, shuffle=False, workers=0, device="cpu"):
 def subset(dataset, count=None):
     """`count` images evenly spread over the data set (a folder lists its images class by class)."""
     count = min(count or len(dataset), len(dataset))
-    return Subset(dataset, [i * len(dataset) // count for i in range(count)])
+    chosen = [i * len(dataset) // count for i in range(count)]
+    in_memory = isinstance(dataset, TensorDataset)
+    return TensorDataset(*dataset[chosen]) if in_memory else Subset(dataset, chosen)
