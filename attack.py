@@ -1,19 +1,21 @@
 """Stage 4, attack.py: PGD by hand, and the table of clean and robust accuracy over sigma.
 
     python attack.py                                 undefended against De³, on the digits
-    python attack.py --classifier RUN ... --eps 4/255 --sigma off,0,50
-    python attack.py --steps 100 --eot 16 --restarts 3 --loss ce,margin       a stronger attack
+    python attack.py --classifier RUN ... --eps 4/255 --sigma off 0 50
+    python attack.py --steps 100 --eot 16 --restarts 3 --loss ce margin       a stronger attack
     python attack.py --threat gray                   gradients of the classifier only
 
 Every attack is white-box through the whole defense unless --threat gray. A random defense must be
 attacked with EOT (pgd+eot): the gradient is averaged over --eot draws; plain pgd and fgsm see one
 draw per step and overstate it. Robust accuracy is measured after the attack, on --draws fresh draws
-of the defense (the mean over draws: one shot). Adds its rows to RUNS/<data>/attack.csv.
+of the defense (the mean over draws: one shot). Appends its rows to RUNS/<data>/attack.csv.
 """
 
 import csv
+import importlib.util
 import os
 import time
+from pathlib import Path
 from statistics import NormalDist
 
 import torch
@@ -21,10 +23,7 @@ import torch.nn.functional as F
 
 import common
 import data
-from common import UserError
-from model import De3, check_images
-
-# ----------------------------------------------------------------------------------- the attack
+from model import De3, UserError, check_images
 
 
 def margin(logits, labels):
@@ -133,11 +132,65 @@ def pgd(model, images, labels, eps, steps, step_size=None, norm="linf", random_s
     return candidates[0] if restarts == 1 else strongest(model, candidates, labels, targets)
 
 
-# --------------------------------------------------------------------------------- the evaluation
-
 FIELDS = ("defense sigma mask_ratio votes attack norm eps steps step_size restarts eot loss threat "
           "images seed clean_accuracy robust_accuracy seconds").split()
-RESULTS = ("clean_accuracy", "robust_accuracy", "seconds")
+
+
+def evaluation_flags(add, images):
+    """The flags of both evaluating stages."""
+    add("--classifier", nargs="+", metavar="RUN", help="folders of finetune.py's runs; default: "
+        "the undefended and the De³ classifier it makes by default")
+    add("--autoencoder", metavar="RUN", help="default: the one the classifier was trained behind")
+    add("--sigma", nargs="+", type=lambda text: text if text == "off" else common.number(float)(text),
+        metavar="S", help="sigmas to test, 'off' for undefended; default off for an undefended "
+        f"classifier, for De³ {data.DATASETS['digits']['test']} (digits) or "
+        f"{data.DATASETS['FOLDER']['test']}")
+    add("--mask-ratio", nargs="+", type=common.ratio, default=[0.25, 0.5, 0.75], metavar="R",
+        help="behind MIM: ratios to test, default 0.25 0.5 0.75")
+    add("--votes", type=common.count, default=1, help="draws that De³ averages for one answer, default 1")
+    add("--split", choices=["train", "val", "test"], default="test",
+        help="default test; only the digits tell val from test")
+    add("--images", type=common.count, default=images, help=f"how many, evenly spread; default {images}")
+    add("--batch-size", type=common.count, default=120, help="default 120")
+
+
+def load_defenses(args, device, straight_through=True):
+    """What --classifier, --autoencoder, --sigma, --mask-ratio and --votes ask for.
+
+    Returns a list of (name of the run, De3 on the device) and the last classifier's checkpoint.
+    """
+    behind, defenses = common.default_autoencoder(args), []
+    for folder in args.classifier or [common.variant(behind, args, "clean"), common.variant(
+            behind, args, "de3", data.default(args, "finetune"))]:
+        classifier, checkpoint = common.load_finished(folder, "classifier", common.command("finetune.py", args),
+                                               device)
+        mode, sigmas, ratios, autoencoder = checkpoint["mode"], args.sigma, [None], None
+        if mode == "de3" or (mode == "clean" and sigmas and sigmas != ["off"]):
+            inside = mode == "de3" or (Path(folder).parent / "checkpoint.pt").exists()
+            source = args.autoencoder or (Path(folder).parent if inside else behind)
+            autoencoder, pretraining = common.load_finished(source, "autoencoder",
+                                                     common.command("pretrain.py", args), device)
+            if mode == "de3" and not args.autoencoder and (
+                    common.fingerprint(autoencoder) != checkpoint["settings"]["fingerprint"]):
+                raise UserError(f"{folder} was trained behind another autoencoder than {source} now "
+                                "holds: train it again with finetune.py --overwrite")
+            if pretraining["task"] == "mim":
+                sigmas, ratios = ["off"], args.mask_ratio
+        sigmas = sigmas or (["off"] if mode == "clean" else data.default(args, "test").split())
+        for sigma, ratio in [(sigma, ratio) for sigma in sigmas for ratio in ratios]:
+            sigma = None if sigma == "off" else float(sigma)
+            defenses.append((os.path.relpath(folder, common.runs_folder(args)), De3(
+                autoencoder, classifier, sigma, ratio, checkpoint["keep_visible"], args.votes,
+                straight_through).to(device).eval()))
+    return defenses, checkpoint
+
+
+def load_test_images(args, checkpoint):
+    """Batches of the images --data, --split and --images ask for, sized for the classifier."""
+    images = data.load_dataset(args.data, args.split, checkpoint["config"]["image_size"])
+    if images.classes != checkpoint["classes"]:
+        raise UserError(f"the classes of {args.data} are not those the classifier was trained on")
+    return data.loader(data.subset(images, args.images), args.batch_size, workers=args.workers)
 
 
 def accuracy(model, images, labels, draws):
@@ -157,59 +210,44 @@ def interval(percent, images):
 
 def check_adversarial(adversarial, images, eps, norm):
     """Stop the run unless every adversarial image lies in the ball and in [0, 1]."""
-    delta = (adversarial - images).flatten(1)
-    length = delta.abs().amax(1) if norm == "linf" else delta.norm(dim=1)
     check_images(adversarial)
+    length = (adversarial - images).flatten(1).norm(p=torch.inf if norm == "linf" else 2, dim=1)
     if not (length <= eps + 1e-6 * max(1.0, eps)).all():
         raise UserError(f"an adversarial image left the ball: {length.max():.6f} over eps {eps:.6f}")
 
 
-def merge_rows(path, rows):
-    """Add rows to the table; a row of the same settings is replaced, others are kept."""
-    def key(row):
-        return [str(row[name]) for name in FIELDS if name not in RESULTS]
-    kept = []
-    if path.exists():
-        with open(path, newline="") as file:
-            kept = list(csv.DictReader(file))
-        if kept and list(kept[0]) != FIELDS:
-            raise UserError(f"{path} is not a table of attack.py: move it away")
-    new = [key(row) for row in rows]
-    kept = [row for row in kept if key(row) not in new]
+def append_row(path, row):
+    """One more line in the table, which keeps the rows of earlier runs."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path.with_suffix(".tmp"), "w", newline="") as file:
+    with open(path, "a+", newline="") as file:
+        file.seek(0)
+        if (header := file.readline().strip()) not in ("", ",".join(FIELDS)):
+            raise UserError(f"{path} is not a table of attack.py: move it away")
         table = csv.DictWriter(file, FIELDS)
-        table.writeheader()
-        table.writerows(kept + rows)
-    os.replace(path.with_suffix(".tmp"), path)
+        if not header:
+            table.writeheader()
+        table.writerow(row)
 
 
-def plot(path, rows, args):
-    """Accuracy over sigma; one line for each eps and attack. Needs matplotlib."""
-    try:
-        import matplotlib
-    except ImportError:
+def plot(path, rows, title):
+    """Accuracy over sigma; one line for each defense, attack and eps. Needs matplotlib."""
+    lines = {}
+    for row in rows:
+        if row["sigma"] != "":
+            eps, name = f"eps {255 * float(row['eps']):.3g}/255", row["defense"]
+            lines.setdefault((f"{name}, clean", "-"), {})[row["sigma"]] = row["clean_accuracy"]
+            lines.setdefault((f"{name}, {row['attack']}, {eps}", {"fgsm": ":", "pgd": "--"}.get(
+                row["attack"], "-.")), {})[row["sigma"]] = row["robust_accuracy"]
+    if max(map(len, lines.values()), default=0) < 2 or not importlib.util.find_spec("matplotlib"):
         return
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-    rows = [row for row in rows if row["sigma"] != ""]
-    if len({row["sigma"] for row in rows}) < 2:
-        return
-    figure, axes = pyplot.subplots(figsize=(6, 4))
-    clean = sorted({(row["sigma"], row["clean_accuracy"]) for row in rows})
-    axes.plot(*zip(*clean), "k-o", label="clean")
-    styles = {"fgsm": ":", "pgd": "--", "pgd+eot": "-"}
-    for name in sorted({row["defense"] for row in rows}):
-        for attack in args.attack:
-            for number, eps in enumerate(args.eps):
-                line = sorted((row["sigma"], row["robust_accuracy"]) for row in rows if
-                              (row["defense"], row["attack"], row["eps"]) == (name, attack, f"{eps:.6g}"))
-                if line:
-                    axes.plot(*zip(*line), styles[attack] + "sv^D"[number % 4], color=f"C{number}",
-                              label=f"{attack}, eps {255 * eps:g}/255")
-    axes.set(xlabel="sigma at test time (8-bit units)", ylabel="accuracy (%)", ylim=(0, 100),
-             title=f"{args.steps} steps, EOT {args.eot}, {rows[0]['images']} images")
-    axes.legend(fontsize=7)
+    from matplotlib.figure import Figure
+    figure = Figure(figsize=(7, 4.5))
+    axes = figure.subplots()
+    for number, ((label, style), points) in enumerate(lines.items()):
+        axes.plot(points.keys(), points.values(), style, marker="osv^D*xP+"[number % 9], label=label)
+    axes.set(xlabel="sigma at test time (8-bit units)", ylabel="accuracy (%)", ylim=(0, 100))
+    axes.set_title(title, fontsize=8)
+    axes.legend(fontsize=6)
     figure.savefig(path, dpi=150, bbox_inches="tight")
     print(f"wrote {path}")
 
@@ -217,91 +255,83 @@ def plot(path, rows, args):
 def arguments():
     result = common.parser(__doc__)
     add = result.add_argument
-    common.evaluation_flags(add)
-    add("--attack", type=common.listed(common.one_of("attack", "fgsm", "pgd", "pgd+eot")),
-        default=["fgsm", "pgd", "pgd+eot"], metavar="A,A,...", help="default fgsm,pgd,pgd+eot")
-    add("--eps", type=common.listed(common.eps), default=[8 / 255, 16 / 255], metavar="E,E,...",
-        help="radii, default 8/255,16/255")
+    evaluation_flags(add, images=120)
+    add("--attack", nargs="+", choices=["fgsm", "pgd", "pgd+eot"], default=["fgsm", "pgd", "pgd+eot"],
+        help="default: all three")
+    add("--eps", nargs="+", type=common.eps, default=[8 / 255, 16 / 255], metavar="E",
+        help="radii, default 8/255 16/255")
     add("--norm", choices=["linf", "l2"], default="linf", help="default linf")
     add("--steps", type=common.count, default=20, help="of pgd, default 20")
     add("--step-size", type=common.eps, help="of pgd, as 2/255; default 2.5 eps/steps")
     add("--restarts", type=common.count, default=1, help="of pgd, default 1")
     add("--eot", type=common.count, default=8, help="draws in each gradient of pgd+eot, default 8")
-    add("--loss", type=common.listed(common.one_of("loss", "ce", "margin")), default=["ce"],
-        metavar="L,L", help="ce (default), margin, or ce,margin: the stronger for each image")
+    add("--loss", nargs="+", choices=["ce", "margin"], default=["ce"],
+        help="default ce; both: the stronger for each image")
     add("--threat", choices=["white", "gray"], default="white",
         help="white (default): through the defense; gray: gradients of the classifier only")
     add("--plain-clamp", action="store_true",
         help="gradients stop where De³ clamps; default: they go straight through")
     add("--draws", type=common.count, default=5, help="fresh draws that score a defense, default 5")
-    args = result.parse_args()
-    common.fill_defaults(args)
-    if args.norm == "linf":
-        common.check_linf(max(args.eps))
-    return args
+    return common.fill_in(result.parse_args())
 
 
 def main():
     args = arguments()
     device = common.pick_device(args.device)
-    defenses, checkpoint = common.load_defenses(args, device, not args.plain_clamp)
-    test_set = common.load_test_images(args, checkpoint, 120)
-    batches = data.loader(test_set, args.batch_size, workers=args.workers)
-    table = common.runs_folder(args) / "attack.csv"
-    rows = []
-    print(f"{len(test_set)} {args.split} images, {args.norm}, {args.steps} steps, EOT {args.eot}, "
-          f"{args.restarts} restart(s), loss {'+'.join(args.loss)}, {args.threat}-box, "
-          f"seed {args.seed}; accuracy in % [95% interval]\n")
-    print(f"{'defense':34} {'sigma':>8} {'eps':>7}  {'attack':8} {'clean':>19} {'robust':>19} "
-          f"{'seconds':>8}")
+    defenses, checkpoint = load_defenses(args, device, not args.plain_clamp)
+    batches = load_test_images(args, checkpoint)
+    table, total, rows = common.runs_folder(args) / "attack.csv", len(batches.dataset), []
+    title = (f"{total} {args.split} images, {args.norm}, {args.steps} steps, EOT {args.eot}, "
+             f"{args.restarts} restart(s), loss {'+'.join(args.loss)}, {args.threat}-box, "
+             f"seed {args.seed}")
+    print(f"{title}; accuracy in % [95% interval]\n\n{'defense':34} {'sigma':>8} {'eps':>7}  "
+          f"{'attack':8} {'clean':>19} {'robust':>19} {'seconds':>8}")
     for name, defense in defenses:
-        random = defense.mask_ratio is not None or bool(defense.sigma and defense.sigma.a > 0)
+        random = defense.mask_ratio is not None or bool(defense.sigma and defense.sigma.b > 0)
         draws = args.draws if random else 1
         torch.manual_seed(args.seed)
         clean = torch.cat([accuracy(defense, images.to(device), labels.to(device), draws)
                            for images, labels in batches]).mean().item() * 100
         attacked = defense if args.threat == "white" else defense.classifier
-        for eps in args.eps:
-            for attack in args.attack:
-                if attack == "pgd+eot" and not (random and args.threat == "white") and (
-                        "pgd" in args.attack):
-                    continue  # nothing random to average over: pgd is the same attack
-                fgsm = attack == "fgsm"
-                settings = dict(  # the attack itself
-                    steps=1 if fgsm else args.steps, norm=args.norm, random_start=not fgsm,
-                    step_size=eps if fgsm else args.step_size or 2.5 * eps / args.steps,
-                    restarts=1 if fgsm else args.restarts,
-                    eot=args.eot if attack == "pgd+eot" and random else 1)
-                torch.manual_seed(args.seed)
-                start, robust = time.time(), []
-                for images, labels in batches:
-                    images, labels = images.to(device), labels.to(device)
-                    candidates = [pgd(attacked, images, labels, eps, loss=loss, **settings)
-                                  for loss in args.loss]
-                    adversarial = candidates[0] if len(candidates) == 1 else strongest(
-                        attacked, candidates, labels)
-                    check_adversarial(adversarial, images, eps, args.norm)
-                    robust.append(accuracy(defense, adversarial, labels, draws))
-                robust = torch.cat(robust).mean().item() * 100
-                level = defense.sigma.a if defense.sigma else ""
-                rows.append({
-                    "defense": name, "sigma": level, "votes": args.votes, "attack": attack,
-                    "mask_ratio": "" if defense.mask_ratio is None else defense.mask_ratio,
-                    "norm": args.norm, "eps": f"{eps:.6g}", "steps": settings["steps"],
-                    "step_size": f"{settings['step_size']:.6g}", "eot": settings["eot"],
-                    "restarts": settings["restarts"], "loss": "+".join(args.loss),
-                    "threat": args.threat + "-plainclamp" * args.plain_clamp, "images": len(test_set), "seed": args.seed,
-                    "clean_accuracy": round(clean, 2), "robust_accuracy": round(robust, 2),
-                    "seconds": round(time.time() - start, 1)})
-                merge_rows(table, rows)
-                shown = "off" if not defense.defended else (
-                    f"{level:g}" if level != "" else f"mask {defense.mask_ratio:g}")
-                radius = f"{255 * eps:g}/255" if args.norm == "linf" else f"{eps:g}"
-                print(f"{name:34} {shown:>8} {radius:>7}  {attack:8} "
-                      f"{interval(clean, len(test_set)):>19} {interval(robust, len(test_set)):>19} "
-                      f"{time.time() - start:8.1f}", flush=True)
+        averaged = random and args.threat == "white"  # else every draw has the same gradient
+        for eps, attack in [(eps, attack) for eps in args.eps for attack in args.attack]:
+            if attack == "pgd+eot" and "pgd" in args.attack and not averaged:
+                continue  # the same as pgd
+            fgsm = attack == "fgsm"
+            settings = dict(  # the attack itself
+                steps=1 if fgsm else args.steps, norm=args.norm, random_start=not fgsm,
+                step_size=eps if fgsm else args.step_size or 2.5 * eps / args.steps,
+                restarts=1 if fgsm else args.restarts,
+                eot=args.eot if attack == "pgd+eot" and averaged else 1)
+            torch.manual_seed(args.seed)
+            start, robust = time.time(), []
+            for images, labels in batches:
+                images, labels = images.to(device), labels.to(device)
+                candidates = [pgd(attacked, images, labels, eps, loss=loss, **settings)
+                              for loss in args.loss]
+                adversarial = candidates[0] if len(candidates) == 1 else strongest(
+                    attacked, candidates, labels)
+                check_adversarial(adversarial, images, eps, args.norm)
+                robust.append(accuracy(defense, adversarial, labels, draws))
+            robust, seconds = torch.cat(robust).mean().item() * 100, time.time() - start
+            level = defense.sigma.a if defense.sigma else ""
+            rows.append({
+                "defense": name, "sigma": level, "votes": args.votes, "attack": attack,
+                "mask_ratio": "" if defense.mask_ratio is None else defense.mask_ratio,
+                "norm": args.norm, "eps": f"{eps:.6g}", "steps": settings["steps"],
+                "step_size": f"{settings['step_size']:.6g}", "eot": settings["eot"],
+                "restarts": settings["restarts"], "loss": "+".join(args.loss),
+                "threat": args.threat + "-plainclamp" * args.plain_clamp, "images": total,
+                "seed": args.seed, "clean_accuracy": round(clean, 2),
+                "robust_accuracy": round(robust, 2), "seconds": round(seconds, 1)})
+            append_row(table, rows[-1])
+            shown = "off" if not defense.defended else (
+                f"{level:g}" if level != "" else f"mask {defense.mask_ratio:g}")
+            radius = f"{255 * eps:g}/255" if args.norm == "linf" else f"{eps:g}"
+            print(f"{name:34} {shown:>8} {radius:>7}  {attack:8} {interval(clean, total):>19} "
+                  f"{interval(robust, total):>19} {seconds:8.1f}", flush=True)
     print(f"\nwrote {table}")
-    plot(table.with_name("tradeoff.png"), rows, args)
+    plot(table.with_name("tradeoff.png"), rows, title)
 
 
 if __name__ == "__main__":

@@ -22,28 +22,23 @@ from PIL import Image
 from torch.utils.data import BatchSampler, DataLoader, RandomSampler, SequentialSampler
 from torch.utils.data import Subset, TensorDataset
 from torchvision import datasets, transforms
-from torchvision.transforms import InterpolationMode
+from torchvision.transforms import InterpolationMode, v2
 
 from model import IMAGENET_MEAN, IMAGENET_STD, UserError
 
-HERE = Path(__file__).parent
-STATISTICS = {  # channel mean and standard deviation, used inside the models
-    "digits": ((0.306,) * 3, (0.324,) * 3),
-    "cifar10": ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
+PAPER = dict(pretrain="gamma:25,3", finetune="uniform:0,30", test="0 35 70 140")
+DATASETS = {  # size, sigma of pretraining, of fine-tuning, at test time; what the models normalize by
+    "digits": dict(size="tiny", pretrain="gamma:10,8", finetune="uniform:0,120", test="0 50",
+                   mean=(0.306,) * 3, std=(0.324,) * 3),
+    "cifar10": dict(PAPER, size="small", mean=(0.4914, 0.4822, 0.4465), std=(0.2470, 0.2435, 0.2616)),
+    "FOLDER": dict(PAPER, size="base", mean=IMAGENET_MEAN, std=IMAGENET_STD),
 }
 
 
-def statistics(name):
-    """Mean and std of a data set by its --data name; ImageNet's for a folder."""
-    return STATISTICS.get(name, (IMAGENET_MEAN, IMAGENET_STD))
+def default(args, name):
+    """What a --data set has for this name; a folder has what FOLDER has."""
+    return DATASETS.get(args.data, DATASETS["FOLDER"])[name]
 
-
-def short_name(name):
-    """What runs/<data>/ is called: digits, cifar10, or the folder's own name."""
-    return name if name in STATISTICS else Path(name).resolve().name
-
-
-# ----------------------------------------------------------------------------------- transforms
 
 def eval_transform(image_size):
     """Resize (256 for 224) and center crop, bicubic; images under 128 pixels are not cropped."""
@@ -71,23 +66,31 @@ def finetune_transform(image_size):
         transforms.ToTensor(), transforms.RandomErasing(0.25, value="random")])
 
 
-# ------------------------------------------------------------------------------------ data sets
+shift_digit = v2.RandomAffine(degrees=8, translate=(0.08, 0.08), scale=(0.9, 1.1),
+                              interpolation=InterpolationMode.BILINEAR)
+
+
+def shift(images):
+    """The augmentation of the digits: images [B, 3, S, S], rotated, shifted and scaled a little.
+
+    Four images share one draw: torchvision draws once per call, and calls cost time.
+    """
+    return torch.cat([shift_digit(four) for four in images.split(4)])
+
 
 def read_image(path):
     """A PIL RGB image, or a UserError that names the file."""
     try:
         with open(path, "rb") as file:
             return Image.open(file).convert("RGB")
-    except FileNotFoundError:
-        raise UserError(f"{path} does not exist") from None
     except Exception as error:  # Pillow's decoders raise many kinds
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        reason = (str(error) or type(error).__name__).splitlines()[0]
         raise UserError(f"cannot read image {path}: {reason}; replace or remove it") from None
 
 
 def load_digits(split, image_size):
     """The digits of one split as a TensorDataset of [N, 3, S, S] floats and [N] labels."""
-    with np.load(HERE / "assets" / "digits.npz", allow_pickle=False) as file:
+    with np.load(Path(__file__).parent / "assets" / "digits.npz", allow_pickle=False) as file:
         chosen = file["split"] == ("train", "val", "test").index(split)
         images = torch.from_numpy(file["images"][chosen]).float() / 16  # 0..16 -> [0, 1]
         labels = torch.from_numpy(file["labels"][chosen]).long()
@@ -108,8 +111,7 @@ def load_dataset(name, split, image_size, transform=None):
     transform = transform or eval_transform(image_size)
     if name == "cifar10":
         try:
-            return datasets.CIFAR10("data", train=split == "train", transform=transform,
-                                    download=True)
+            return datasets.CIFAR10("data", split == "train", transform, download=True)
         except (OSError, RuntimeError) as error:  # no network, or a damaged download
             raise UserError(f"could not get CIFAR-10 into data/ ({str(error).splitlines()[0]}); "
                             "place cifar-10-python.tar.gz there or use --data FOLDER") from None
@@ -128,18 +130,16 @@ def loader(dataset, batch_size, shuffle=False, workers=0, device="cpu"):
 
     Order and augmentation follow torch's global random state.
     """
-    batch_size = min(batch_size, len(dataset))
     sampler = RandomSampler(dataset) if shuffle else SequentialSampler(dataset)
-    batches = BatchSampler(sampler, batch_size, drop_last=shuffle)
+    batches = BatchSampler(sampler, min(batch_size, len(dataset)), drop_last=shuffle)
     if isinstance(dataset, TensorDataset):  # in memory: a batch is one indexing operation
         return DataLoader(dataset, sampler=batches, batch_size=None)
-    return DataLoader(dataset, batch_sampler=batches, num_workers=workers,
-                      pin_memory=device != "cpu", persistent_workers=False)
+    return DataLoader(dataset, batch_sampler=batches, num_workers=workers, pin_memory=device != "cpu")
 
 
-def subset(dataset, count=None):
+def subset(dataset, count):
     """`count` images evenly spread over the data set (a folder lists its images class by class)."""
-    count = min(count or len(dataset), len(dataset))
+    count = min(count, len(dataset))
     chosen = [i * len(dataset) // count for i in range(count)]
     in_memory = isinstance(dataset, TensorDataset)
     return TensorDataset(*dataset[chosen]) if in_memory else Subset(dataset, chosen)

@@ -12,6 +12,7 @@ checkpoint.pt after every epoch into a folder inside the autoencoder's. Next: de
 """
 
 import argparse
+import math
 from pathlib import Path
 
 import torch
@@ -22,7 +23,7 @@ import common
 import data
 from attack import pgd
 from common import SIZES, Progress
-from model import De3, NoiseScale, start_from_autoencoder
+from model import De3, NoiseScale, UserError
 
 IMAGENET = dict(epochs=100, batch_size=1024, base_lr=1e-3, warmup_epochs=5, layer_decay=0.75,
                 drop_path=0.1)
@@ -48,67 +49,78 @@ def arguments():
         mode.add_argument(f"--{name}", action="store_const", dest="mode", const=name, help=text)
     add("--autoencoder", metavar="RUN", help="folder of the pretraining run; default: the one that "
         "pretrain.py makes by default")
-    add("--sigma", type=common.sigma, help="noise scale in 8-bit units, one draw per image; "
-        "default uniform:0,30, digits uniform:0,60")
-    add("--mask-ratio", type=common.mask_ratio, default=0.75,
+    add("--sigma", type=NoiseScale.parse, help="noise scale in 8-bit units, one draw per image; "
+        f"default uniform:0,30, digits {data.DATASETS['digits']['finetune']}")
+    add("--mask-ratio", type=common.ratio, default=0.75,
         help="behind MIM: the ratio is drawn from Uniform(0, this); default 0.75")
     add("--keep-visible", action="store_true", help="behind MIM: keep unmasked patches as they are")
-    add("--adversarial", type=common.linf_eps, metavar="EPS", help="adversarial training, linf, as 8/255")
+    add("--adversarial", type=common.eps, metavar="EPS", help="adversarial training, linf, as 8/255")
     add("--from-scratch", action="store_true", help="random weights instead of the encoder's")
     add("--classifier", choices=["vit", "resnet18"], default="vit", help="default vit")
     add("--layer-decay", type=common.number(float, 1e-6, 1),
         help="lr factor from layer to layer, default 0.75 (1 for tiny, and from scratch)")
     add("--drop-path", type=common.number(float, 0, 0.99), help="default 0.1 (0 tiny, 0.2 huge)")
     add("--augment", action=argparse.BooleanOptionalAction, help="crop, flip, RandAugment, erasing, "
-        "MixUp/CutMix, label smoothing; default: with 10,000 training images or more")
+        "MixUp/CutMix, label smoothing; default: with 10,000 training images or more; the digits "
+        "are only shifted, by default")
     common.training_flags(add, RECIPES)
     args = result.parse_args()
-    common.fill_defaults(args, RECIPES, args.classifier)
-    args.sigma = args.sigma or NoiseScale.parse(common.default(args, "finetune"))
+    common.fill_in(args, RECIPES, args.classifier)
+    args.sigma = args.sigma or NoiseScale.parse(data.default(args, "finetune"))
     args.from_scratch = args.from_scratch or args.classifier != "vit"
     args.layer_decay = 1.0 if args.from_scratch else args.layer_decay
     return args
 
 
+def resize_pos_embed(pos_embed, length):
+    """Interpolate a position embedding bicubically, [1, 1 + old², D] -> [1, length, D]."""
+    old, new = math.isqrt(pos_embed.shape[1] - 1), math.isqrt(length - 1)
+    if old == new:
+        return pos_embed
+    grid = pos_embed[:, 1:].reshape(1, old, old, -1).permute(0, 3, 1, 2)
+    grid = F.interpolate(grid, size=(new, new), mode="bicubic", align_corners=False)
+    return torch.cat([pos_embed[:, :1], grid.flatten(2).transpose(1, 2)], dim=1)
+
+
+def start_from_autoencoder(classifier, autoencoder):
+    """Copy the encoder's weights, without its norm; pos_embed is interpolated to the image size."""
+    state = {name: value for name, value in autoencoder.state_dict().items()
+             if name.startswith(("patch_embed.", "cls_token", "pos_embed", "blocks."))}
+    state["pos_embed"] = resize_pos_embed(state["pos_embed"], classifier.pos_embed.shape[1])
+    try:
+        classifier.load_state_dict(state, strict=False)
+    except RuntimeError as error:
+        raise UserError("classifier and encoder do not fit: " + str(error).splitlines()[1].strip())
+
+
 def train(args, mode, device):
     """Train one classifier; mode: de3, clean or no-denoise."""
-    source = Path(args.autoencoder or common.default_autoencoder(args))
-    source = source.parent if source.suffix == ".pt" else source
-    autoencoder = task = None
+    # the autoencoder to start from, and to stand behind
+    source, autoencoder, masks = Path(args.autoencoder or common.default_autoencoder(args)), None, False
+    size = dict(SIZES[args.size], mean=data.default(args, "mean"), std=data.default(args, "std"))
     if mode == "de3" or not args.from_scratch:
         autoencoder, pretraining = common.load_finished(
             source, "autoencoder", common.command("pretrain.py", args), device)
-        task = pretraining["task"]
-    masks = mode == "de3" and task == "mim"
+        size, masks = pretraining["config"], mode == "de3" and pretraining["task"] == "mim"
     if args.keep_visible and not masks:
-        raise common.UserError("--keep-visible is for --de3 behind an autoencoder of --task mim")
-    folder = common.variant(
-        source if autoencoder else common.runs_folder(args), mode,
-        mode != "clean" and not masks and args.sigma,
-        masks and args.mask_ratio != 0.75 and f"{args.mask_ratio:g}", masks and args.keep_visible and "visible",
-        args.adversarial is not None and f"adversarial{255 * args.adversarial:g}",
-        args.classifier if args.classifier != "vit" else args.from_scratch and "scratch",
-        args.seed and f"seed{args.seed}")
+        raise UserError("--keep-visible is for --de3 behind an autoencoder of --task mim")
 
-    # the data; the recipe's augmentation needs a data set that is big enough
-    size = pretraining["config"] if autoencoder else dict(
-        SIZES[args.size], **dict(zip(("mean", "std"), data.statistics(args.data))))
-    image_size = size["image_size"]
-    train_set = data.load_dataset(args.data, "train", image_size)
-    augment = len(train_set) >= 10_000 if args.augment is None else args.augment
-    if augment:
-        if args.data == "digits":
-            raise common.UserError("--augment flips and crops, which the digits do not stand")
-        train_set.transform = data.finetune_transform(image_size)
-    heldout = data.load_dataset(args.data, "val", image_size)
+    # the data; the paper's augmentation needs a data set that is big enough
+    train_set = data.load_dataset(args.data, "train", size["image_size"])
+    heldout = data.load_dataset(args.data, "val", size["image_size"])
     if heldout.classes != train_set.classes:
-        raise common.UserError(f"{args.data}: train/ and val/ do not hold the same classes")
-    heldout = data.subset(heldout, 1000)
+        raise UserError(f"{args.data}: train/ and val/ do not hold the same classes")
+    digits = args.data == "digits"
+    augment = digits or len(train_set) >= 10_000 if args.augment is None else args.augment
+    if augment and not digits:
+        train_set.transform = data.finetune_transform(size["image_size"])
     batches = data.loader(train_set, args.batch_size, shuffle=True, workers=args.workers,
                           device=device)
     num_classes = len(train_set.classes)
+    mix = v2.RandomChoice([v2.MixUp(alpha=0.8, num_classes=num_classes),
+                           v2.CutMix(alpha=1.0, num_classes=num_classes)])
 
-    # the classifier, from the encoder unless --from-scratch
+    # the classifier, new, from the encoder, or as an earlier run left it
     torch.manual_seed(args.seed)
     config = {name: size[name] for name in ("image_size", "patch_size", "embed_dim", "depth",
                                             "num_heads", "mean", "std")}
@@ -119,31 +131,32 @@ def train(args, mode, device):
     optimizer = torch.optim.AdamW(
         common.parameter_groups(classifier, args.weight_decay, args.layer_decay),
         betas=(0.9, 0.999))
-    defense = De3(autoencoder if mode == "de3" else None, classifier,
-                  None if mode == "clean" or masks else args.sigma,
-                  args.mask_ratio if masks else None, args.keep_visible)
-
-    # where an earlier run stands
+    path = common.variant(
+        source if autoencoder else common.runs_folder(args), args, mode,
+        mode != "clean" and not masks and args.sigma,
+        masks and args.mask_ratio != 0.75 and f"{args.mask_ratio:g}",
+        args.keep_visible and "visible",
+        args.adversarial is not None and f"adversarial{255 * args.adversarial:g}",
+        args.classifier if args.classifier != "vit" else args.from_scratch and "scratch",
+    ) / "checkpoint.pt"
     ignored = ["device", "runs", "workers", "resume", "overwrite", "autoencoder", "mode"]
     ignored += ["sigma"] if mode == "clean" or masks else []
     ignored += [] if masks else ["mask_ratio", "keep_visible"]
     settings = {name: str(value) for name, value in vars(args).items() if name not in ignored}
     settings["fingerprint"] = common.fingerprint(autoencoder) if autoencoder else ""
-    checkpoint = common.open_run(folder, settings, "classifier", args)
-    epoch = 0
-    if checkpoint:
-        epoch = checkpoint["epoch"]
-        classifier.load_state_dict(checkpoint["model"])
-        optimizer.load_state_dict(checkpoint["optimizer"])
+    first_epoch = common.open_run(path, "classifier", settings, args, classifier, optimizer)
 
     # training
-    mix = v2.RandomChoice([v2.MixUp(alpha=0.8, num_classes=num_classes),
-                           v2.CutMix(alpha=1.0, num_classes=num_classes)])
+    defense = De3(autoencoder if mode == "de3" else None, classifier,
+                  None if mode == "clean" or masks else args.sigma,
+                  args.mask_ratio if masks else None, args.keep_visible)
     peak = args.base_lr * min(args.batch_size, len(train_set)) / 256
-    progress = Progress(epoch, args.epochs)
-    for epoch in range(epoch, args.epochs):
+    progress = Progress(first_epoch, args.epochs)
+    for epoch in range(first_epoch, args.epochs):
         common.seed_epoch(args.seed, epoch)
         for step, (images, labels) in enumerate(batches, start=epoch * len(batches)):
+            if augment and digits:
+                images = data.shift(images)
             images, labels = images.to(device, non_blocking=True), labels.to(device)
             images, targets = images.clamp(0, 1), labels  # random erasing leaves [0, 1]
             if masks:
@@ -151,22 +164,23 @@ def train(args, mode, device):
             if args.adversarial is not None:
                 classifier.eval()
                 images = pgd(defense, images, labels, args.adversarial, ATTACK_STEPS)
-            elif augment:
+            elif augment and not digits:
                 images, targets = mix(images, labels)
             classifier.train()
             with torch.no_grad():
                 purified = defense.purify(images)
             logits = classifier(purified)
-            loss = F.cross_entropy(logits, targets, label_smoothing=0.1 if augment else 0.0)
+            loss = F.cross_entropy(logits, targets,
+                                   label_smoothing=0.1 if augment and not digits else 0.0)
             lr = common.learning_rate(step, args.epochs * len(batches),
                                       args.warmup_epochs * len(batches), peak, final=1e-6)
             common.update(loss, optimizer, lr, step)
-            hits = (logits.argmax(1) == labels).sum().item()
-            progress.add(loss.item(), len(images), hits if targets is labels else None)
-        common.save_checkpoint(folder / "checkpoint.pt", {
+            mixed = targets is not labels
+            progress.add(loss.item(), len(images),
+                         math.nan if mixed else (logits.argmax(1) == labels).sum().item())
+        common.save_checkpoint(path, {
             "kind": "classifier", "config": config, "mode": mode, "settings": settings,
             "classes": train_set.classes, "keep_visible": args.keep_visible,
-            "fingerprint": settings["fingerprint"],
             "model": classifier.state_dict(), "optimizer": optimizer.state_dict(),
             "epoch": epoch + 1, "epochs": args.epochs})
         progress.epoch_done(epoch + 1, lr)
@@ -174,16 +188,15 @@ def train(args, mode, device):
     # accuracy on held-out images, seen as in training
     defense.eval()
     common.seed_epoch(args.seed, args.epochs)
-    if masks:
-        defense.mask_ratio = args.mask_ratio / 2
-    hits = 0
+    defense.mask_ratio = args.mask_ratio / 2 if masks else None
+    heldout, hits = data.subset(heldout, 1000), 0
     for images, labels in data.loader(heldout, 250, workers=args.workers):
         with torch.no_grad():
             hits += (defense(images.to(device)).argmax(1).cpu() == labels).sum().item()
-    level = ("" if mode == "clean" else
-             f" at mask ratio {defense.mask_ratio:g}" if masks else f" at sigma {args.sigma}")
+    level = f" at mask ratio {defense.mask_ratio:g}" if masks else (
+        "" if mode == "clean" else f" at sigma {args.sigma}")
     print(f"{mode}{level}: {100 * hits / len(heldout):.1f}% of {len(heldout)} validation images")
-    print(f"wrote {folder / 'checkpoint.pt'}\n")
+    print(f"wrote {path}\n")
 
 
 def main():

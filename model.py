@@ -1,15 +1,14 @@
 """The whole method: ViT autoencoder (NIM and MIM), ViT classifier, noise, and the De³ defense.
 
-Source: "Beyond Pretrained Features: Noisy Image Modeling Provides Adversarial Defense"
-(NeurIPS 2023, arXiv 2302.01056), on the layout of MAE (arXiv 2111.06377).
-
-Units: images are [B, 3, H, W] in [0, 1] everywhere a user or an attacker touches them (mean/std
-normalization happens inside the models); sigma is in 8-bit pixel units, 0..255.
-Shape comments: B images, L patches, p patch size, D width of the tokens.
-Parameter names are those of the published MAE and NIM weights: do not rename them.
+Source: "Beyond Pretrained Features: Noisy Image Modeling Provides Adversarial Defense" (NeurIPS
+2023, arXiv 2302.01056), on MAE (arXiv 2111.06377), whose parameter names are kept: weights are
+published under them. Images are [B, 3, H, W] in [0, 1], normalized by mean/std inside the models;
+sigma is in 8-bit units, 0..255. Shapes: B images, L patches, p patch size, D width of a token.
 """
 
 import math
+from argparse import ArgumentTypeError
+from collections import OrderedDict
 from typing import NamedTuple
 
 import torch
@@ -20,65 +19,51 @@ from torchvision.ops import StochasticDepth
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
-class UserError(ValueError):
+class UserError(ValueError, ArgumentTypeError):
     """Bad input; the message says in one sentence what is wrong and what to do."""
 
 
-# ---------------------------------------------------------------------------------------- noise
-
 class NoiseScale(NamedTuple):
-    """Distribution of sigma: ("fixed", value), ("gamma", shape, scale) or ("uniform", low, high).
-
-    The paper pretrains on gamma 25, 3 (mean 75, sd 15) and fine-tunes on uniform 0, 30.
-    """
+    """Distribution of sigma: "gamma" (shape a, scale b), "uniform" (a to b), "" (the number a = b)."""
     kind: str
     a: float
-    b: float = 0.0
+    b: float
 
     @classmethod
     def parse(cls, text):
-        """From '70', 'gamma:25,3' or 'uniform:0,30'; UserError if negative, NaN or low > high."""
+        """From '70', 'gamma:25,3' or 'uniform:0,30'; UserError for anything else."""
         kind, _, numbers = str(text).rpartition(":")
         try:
-            values = [float(value) for value in numbers.split(",")]
+            a, b = map(float, (numbers if kind else f"{numbers},{numbers}").split(","))
         except ValueError:
-            values = []
-        if (kind, len(values)) not in (("", 1), ("gamma", 2), ("uniform", 2)):
-            raise UserError(f"sigma {text!r} is not a number, gamma:SHAPE,SCALE or uniform:LOW,HIGH")
-        if not all(0 <= value < math.inf for value in values) or (kind == "gamma" and 0 in values):
-            raise UserError(f"sigma {text!r} must not be negative, infinite or NaN (gamma: nor 0)")
-        if kind == "uniform" and values[0] > values[1]:
-            raise UserError(f"sigma {text!r}: low is above high; write uniform:LOW,HIGH")
-        return cls(kind or "fixed", *values)
+            a = b = math.nan
+        valid = {"gamma": a > 0 < b, "uniform": 0 <= a <= b, "": a >= 0}.get(kind, False)
+        if not valid or math.inf in (a, b):
+            raise UserError(f"sigma {text!r} must be a number, gamma:SHAPE,SCALE or "
+                            "uniform:LOW,HIGH, none of them negative, LOW not above HIGH")
+        return cls(kind, a, b)
 
     def draw(self, batch_size, device="cpu"):
         """One sigma per image: [B]."""
         if self.kind == "gamma":  # torch asks for the rate, which is 1 / scale
             return torch.distributions.Gamma(self.a, 1 / self.b).sample((batch_size,)).to(device)
-        high = self.b if self.kind == "uniform" else self.a
-        return torch.empty(batch_size, device=device).uniform_(self.a, high)
+        return torch.empty(batch_size, device=device).uniform_(self.a, self.b)
 
     def __str__(self):
-        return f"{self.a:g}" if self.kind == "fixed" else f"{self.kind}:{self.a:g},{self.b:g}"
+        return f"{self.kind}:{self.a:g},{self.b:g}" if self.kind else f"{self.a:g}"
 
 
 def add_noise(images, sigma):
-    """x + ε·σ/255, ε ~ N(0, I), drawn fresh at every call, not clipped.
+    """x + ε·σ/255, ε ~ N(0, I), drawn fresh at every call, not clipped; sigma a number or [B]."""
+    sigma = torch.as_tensor(sigma).to(images).view(-1, 1, 1, 1)
+    return images + torch.randn_like(images) * sigma / 255
 
-    images [B, 3, H, W]; sigma in 8-bit units, a number or a tensor [B] (one per image).
-    """
-    if torch.is_tensor(sigma):
-        sigma = sigma.to(images).view(-1, 1, 1, 1)
-    return images + torch.randn_like(images) * (sigma / 255)
-
-
-# -------------------------------------------------------------------------------------- patches
 
 def patchify(images, p):
     """[B, 3, H, W] -> [B, L, p·p·3], patches row by row, inside a patch (row, column, channel)."""
     B, C, H, W = images.shape
     grid = images.reshape(B, C, H // p, p, W // p, p)
-    return grid.permute(0, 2, 4, 3, 5, 1).reshape(B, (H // p) * (W // p), p * p * C)
+    return grid.permute(0, 2, 4, 3, 5, 1).reshape(B, -1, p * p * C)
 
 
 def unpatchify(patches, p):
@@ -102,18 +87,6 @@ def sincos_pos_embed(embed_dim, side):
     return torch.cat([torch.zeros(1, embed_dim), embedding])[None]
 
 
-def resize_pos_embed(pos_embed, length):
-    """Interpolate a position embedding bicubically, [1, L+1, D] -> [1, length, D]."""
-    old, new = math.isqrt(pos_embed.shape[1] - 1), math.isqrt(length - 1)
-    if old == new:
-        return pos_embed
-    grid = pos_embed[:, 1:].reshape(1, old, old, -1).permute(0, 3, 1, 2)
-    grid = F.interpolate(grid, size=(new, new), mode="bicubic", align_corners=False)
-    return torch.cat([pos_embed[:, :1], grid.flatten(2).transpose(1, 2)], dim=1)
-
-
-# ------------------------------------------------------------------------------------------ ViT
-
 class Attention(nn.Module):
     def __init__(self, dim, num_heads):
         super().__init__()
@@ -128,16 +101,6 @@ class Attention(nn.Module):
         return self.proj(x.transpose(1, 2).reshape(B, L, D))
 
 
-class Mlp(nn.Module):
-    def __init__(self, dim):
-        super().__init__()
-        self.fc1 = nn.Linear(dim, 4 * dim)
-        self.fc2 = nn.Linear(4 * dim, dim)
-
-    def forward(self, x):
-        return self.fc2(F.gelu(self.fc1(x)))
-
-
 class Block(nn.Module):
     """Pre-norm transformer block; drop_path skips a branch at random, per image, in training."""
 
@@ -148,21 +111,13 @@ class Block(nn.Module):
         self.norm1 = nn.LayerNorm(dim, eps=1e-6)
         self.attn = Attention(dim, num_heads)
         self.norm2 = nn.LayerNorm(dim, eps=1e-6)
-        self.mlp = Mlp(dim)
+        self.mlp = nn.Sequential(OrderedDict(fc1=nn.Linear(dim, 4 * dim), gelu=nn.GELU(),
+                                             fc2=nn.Linear(4 * dim, dim)))
         self.drop_path = StochasticDepth(drop_path, mode="row")
 
     def forward(self, x):
         x = x + self.drop_path(self.attn(self.norm1(x)))
         return x + self.drop_path(self.mlp(self.norm2(x)))
-
-
-class PatchEmbed(nn.Module):
-    def __init__(self, patch_size, embed_dim):
-        super().__init__()
-        self.proj = nn.Conv2d(3, embed_dim, kernel_size=patch_size, stride=patch_size)
-
-    def forward(self, x):
-        return self.proj(x).flatten(2).transpose(1, 2)  # [B, L, D]
 
 
 class ViT(nn.Module):
@@ -175,12 +130,12 @@ class ViT(nn.Module):
         self.image_size, self.patch_size = image_size, patch_size
         self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1), persistent=False)
-        self.patch_embed = PatchEmbed(patch_size, embed_dim)
+        self.patch_embed = nn.Sequential(OrderedDict(
+            proj=nn.Conv2d(3, embed_dim, kernel_size=patch_size, stride=patch_size)))
         self.cls_token = nn.Parameter(torch.empty(1, 1, embed_dim))
-        self.blocks = nn.ModuleList(Block(embed_dim, num_heads, rate)
-                                    for rate in torch.linspace(0, drop_path, depth).tolist())
-        self.pos_embed = nn.Parameter(sincos_pos_embed(embed_dim, image_size // patch_size),
-                                      requires_grad=False)
+        self.blocks = nn.Sequential(*[Block(embed_dim, num_heads, rate)
+                                      for rate in torch.linspace(0, drop_path, depth).tolist()])
+        self.pos_embed = nn.Parameter(sincos_pos_embed(embed_dim, image_size // patch_size), False)
 
     def init_weights(self):
         """MAE's initialization: Xavier for matrices, zero biases, N(0, 0.02) for the tokens."""
@@ -188,34 +143,32 @@ class ViT(nn.Module):
             if isinstance(module, (nn.Linear, nn.Conv2d)):
                 nn.init.xavier_uniform_(module.weight.data.flatten(1))
                 nn.init.zeros_(module.bias)
-        for token in (self.cls_token, getattr(self, "mask_token", None)):
-            if token is not None:
-                nn.init.normal_(token, std=0.02)
+        for name, parameter in self.named_parameters():
+            if name in ("cls_token", "mask_token"):
+                nn.init.normal_(parameter, std=0.02)
 
     def normalize(self, images):
-        if images.shape[1:] != (3, self.image_size, self.image_size):
-            raise UserError(f"the model takes images [B, 3, {self.image_size}, {self.image_size}], "
-                            f"not {list(images.shape)}")
+        size = (3, self.image_size, self.image_size)
+        if images.shape[1:] != size:
+            raise UserError(f"the model takes images [B, {size}], not {list(images.shape)}")
         return (images - self.mean) / self.std
 
     def tokens(self, images):
         """[0, 1] images -> patch tokens with their position embedding [B, L, D]."""
-        return self.patch_embed(self.normalize(images)) + self.pos_embed[:, 1:]
+        patches = self.patch_embed(self.normalize(images))  # [B, D, H/p, W/p]
+        return patches.flatten(2).transpose(1, 2) + self.pos_embed[:, 1:]
 
     def encode(self, tokens):
         """Put the class token first and apply the blocks: [B, 1 + number of tokens, D]."""
         cls = (self.cls_token + self.pos_embed[:, :1]).expand(len(tokens), -1, -1)
-        x = torch.cat([cls, tokens], dim=1)
-        for block in self.blocks:
-            x = block(x)
-        return x
+        return self.blocks(torch.cat([cls, tokens], dim=1))
 
 
 class Autoencoder(ViT):
     """ViT encoder and decoder in MAE's layout, pretrained by NIM (denoise) or MIM (fill in).
 
-    Images in [0, 1] in and out. norm_pix: each target patch, of the mean/std-normalized image, is
-    shifted and scaled by its own mean and standard deviation.
+    norm_pix: each target patch, of the mean/std-normalized image, is shifted and scaled by its own
+    mean and standard deviation; to get an image back, by those of a reference image.
     """
 
     def __init__(self, image_size=32, patch_size=8, embed_dim=64, depth=4, num_heads=4,
@@ -226,36 +179,33 @@ class Autoencoder(ViT):
         self.norm = nn.LayerNorm(embed_dim, eps=1e-6)
         self.decoder_embed = nn.Linear(embed_dim, decoder_embed_dim)
         self.mask_token = nn.Parameter(torch.empty(1, 1, decoder_embed_dim))
-        self.decoder_blocks = nn.ModuleList(Block(decoder_embed_dim, decoder_num_heads)
-                                            for _ in range(decoder_depth))
+        self.decoder_blocks = nn.Sequential(*[Block(decoder_embed_dim, decoder_num_heads)
+                                              for _ in range(decoder_depth)])
         self.decoder_pos_embed = nn.Parameter(
-            sincos_pos_embed(decoder_embed_dim, image_size // patch_size), requires_grad=False)
+            sincos_pos_embed(decoder_embed_dim, image_size // patch_size), False)
         self.decoder_norm = nn.LayerNorm(decoder_embed_dim, eps=1e-6)
         self.decoder_pred = nn.Linear(decoder_embed_dim, patch_size**2 * 3)
         self.init_weights()
 
     def decode(self, latent):
-        """Latent [B, L+1, decoder D] in patch order -> prediction [B, L, p·p·3]."""
-        x = latent + self.decoder_pos_embed
-        for block in self.decoder_blocks:
-            x = block(x)
+        """Latent [B, 1 + L, decoder D], patches in order -> prediction [B, L, p·p·3]."""
+        x = self.decoder_blocks(latent + self.decoder_pos_embed)
         return self.decoder_pred(self.decoder_norm(x))[:, 1:]  # the class token is dropped
 
     def denoise(self, noisy):
-        """Prediction [B, L, p·p·3] in units of the target; every patch is encoded (NIM)."""
+        """NIM, every patch is encoded: prediction [B, L, p·p·3], in units of the target."""
         return self.decode(self.decoder_embed(self.norm(self.encode(self.tokens(noisy)))))
 
     def target(self, images):
-        """Normalized patches [B, L, p·p·3] with the mean and sd that norm_pix takes out of each."""
+        """Normalized patches [B, L, p·p·3], and the mean and sd that norm_pix takes out of each."""
         patches = patchify(self.normalize(images), self.patch_size)
         if not self.norm_pix:
             return patches, 0.0, 1.0
-        mean, var = patches.mean(dim=-1, keepdim=True), patches.var(dim=-1, keepdim=True)
-        std = (var + 1e-6).sqrt()
+        mean, std = patches.mean(-1, keepdim=True), (patches.var(-1, keepdim=True) + 1e-6).sqrt()
         return (patches - mean) / std, mean, std
 
     def to_images(self, prediction, reference):
-        """Prediction -> images, not clamped; patch statistics from the reference image."""
+        """Prediction -> images, not clamped; norm_pix takes mean and sd from the reference."""
         _, mean, std = self.target(reference)
         return unpatchify(prediction * std + mean, self.patch_size) * self.std + self.mean
 
@@ -264,11 +214,7 @@ class Autoencoder(ViT):
         return (self.denoise(noisy) - self.target(images)[0]).square().mean()
 
     def reconstruct(self, noisy, reference):
-        """Denoised images [B, 3, H, W], not clamped.
-
-        With norm_pix the patch statistics come from `reference`: the image handed to the defense
-        before noise was added (at test time the adversarial image).
-        """
+        """Denoised images, not clamped; reference: what was handed to the defense, before noise."""
         return self.to_images(self.denoise(noisy), reference)
 
     def mim(self, images, mask_ratio, scores=None, all_patches=False):
@@ -278,12 +224,11 @@ class Autoencoder(ViT):
         [0, 1) unless given. The loss is over masked patches only, or over all (all_patches).
         Returns loss, prediction [B, L, p·p·3] and mask [B, L] (1 = dropped).
         """
-        check_mask_ratio(mask_ratio)
         tokens = self.tokens(images)
         B, L, D = tokens.shape
-        keep = int(L * (1 - mask_ratio))
+        keep = int(L * (1 - mask_ratio)) if 0 <= mask_ratio < 1 else 0
         if keep == 0:
-            raise UserError(f"mask ratio {mask_ratio} leaves none of the {L} patches visible")
+            raise UserError(f"mask ratio {mask_ratio} is not in [0, 1), or leaves no patch of {L}")
         order = (torch.rand(B, L, device=images.device) if scores is None else scores).argsort(1)
         place = order.argsort(1)  # where each patch stands in the order; visible ones come first
         visible = tokens.gather(1, order[:, :keep, None].expand(-1, -1, D))
@@ -298,10 +243,8 @@ class Autoencoder(ViT):
 
 
 class Classifier(ViT):
-    """The encoder without `norm`, mean over patch tokens, fc_norm, head: [0, 1] images to logits.
-
-    `pos_embed` is trained; `head` starts from a truncated normal of std 2e-5.
-    """
+    """[0, 1] images to logits: the encoder without norm, mean over patch tokens, fc_norm, head."""
+    no_weight_decay = ("cls_token", "pos_embed")
 
     def __init__(self, image_size=32, patch_size=8, embed_dim=64, depth=4, num_heads=4,
                  num_classes=10, drop_path=0.0, mean=IMAGENET_MEAN, std=IMAGENET_STD):
@@ -313,26 +256,7 @@ class Classifier(ViT):
         nn.init.trunc_normal_(self.head.weight, std=2e-5)
 
     def forward(self, images):
-        x = self.encode(self.tokens(images))
-        return self.head(self.fc_norm(x[:, 1:].mean(dim=1)))
-
-
-def start_from_autoencoder(classifier, autoencoder):
-    """Copy the encoder's weights, without its norm; pos_embed is interpolated if sizes differ."""
-    state = {name: value for name, value in autoencoder.state_dict().items()
-             if name.startswith(("patch_embed.", "cls_token", "pos_embed", "blocks."))}
-    state["pos_embed"] = resize_pos_embed(state["pos_embed"], classifier.pos_embed.shape[1])
-    try:
-        classifier.load_state_dict(state, strict=False)
-    except RuntimeError as error:
-        raise UserError("classifier and encoder do not fit: " + str(error).splitlines()[1].strip())
-
-
-# ------------------------------------------------------------------------------------------ De³
-
-def check_mask_ratio(mask_ratio):
-    if not 0 <= mask_ratio < 1:
-        raise UserError(f"mask ratio must be in [0, 1), not {mask_ratio}")
+        return self.head(self.fc_norm(self.encode(self.tokens(images))[:, 1:].mean(dim=1)))
 
 
 def check_images(images):
@@ -347,39 +271,29 @@ def check_images(images):
 class De3(nn.Module):
     """De³: x -> x + ε·σ/255 -> autoencoder -> clamp to [0, 1] -> classifier -> logits.
 
-    An nn.Module from [0, 1] images [B, 3, H, W] to logits [B, classes], random at every call.
-
-    autoencoder: frozen by this; None adds noise and clamps without denoising (an ablation).
+    From [0, 1] images [B, 3, H, W] to logits [B, classes], random at every call.
+    autoencoder: is frozen; None: noise and clamp without denoising (the ablation).
     classifier: any nn.Module from [0, 1] images to logits.
-    sigma: in 8-bit units, a number or a NoiseScale (one draw per image and call); None for MIM's
-        version, or, with mask_ratio None as well, for the undefended classifier.
-    mask_ratio: MIM's version, masking instead of noise. The decoder's whole output is used, as in
-        the authors' code; keep_visible pastes the unmasked patches of the input back.
+    sigma: a number or NoiseScale (one draw per image); None, without mask_ratio: undefended.
+    mask_ratio: MIM's version, masking instead of noise. The classifier gets the decoder's whole
+        output, as in the authors' code; keep_visible pastes the unmasked input patches back.
     votes: the logits are the log of the mean probability over this many draws (1: plain logits).
-    straight_through: gradients pass the clamp as if it were the identity (BPDA, Athalye et al.
-        2018), so that saturated pixels hide nothing from an attacker.
+    straight_through: gradients pass the clamp as if it were the identity (Athalye et al. 2018).
     """
 
     def __init__(self, autoencoder, classifier, sigma, mask_ratio=None, keep_visible=False,
                  votes=1, straight_through=True):
         super().__init__()
-        if mask_ratio is not None:
-            check_mask_ratio(mask_ratio)
-            if sigma is not None or autoencoder is None:
-                raise UserError("mask_ratio needs an autoencoder, and sigma None")
-        if votes < 1:
-            raise UserError(f"votes must be at least 1, not {votes}")
-        if sigma is not None and not isinstance(sigma, NoiseScale):
-            sigma = NoiseScale.parse(sigma)
-        self.autoencoder, self.classifier = autoencoder, classifier
-        if autoencoder is not None:
-            autoencoder.requires_grad_(False)
-        self.sigma, self.mask_ratio, self.keep_visible = sigma, mask_ratio, keep_visible
+        masks = mask_ratio is not None
+        if votes < 1 or masks and (not autoencoder or sigma is not None or not 0 <= mask_ratio < 1):
+            raise UserError(f"votes ({votes}) must be at least 1, mask_ratio ({mask_ratio}) in [0, 1)"
+                            ", with an autoencoder and without sigma")
+        self.autoencoder = autoencoder and autoencoder.requires_grad_(False)
+        self.classifier = classifier
+        self.sigma = sigma if isinstance(sigma, NoiseScale | None) else NoiseScale.parse(sigma)
+        self.mask_ratio, self.keep_visible = mask_ratio, keep_visible
         self.votes, self.straight_through = votes, straight_through
-
-    @property
-    def defended(self):
-        return self.sigma is not None or self.mask_ratio is not None
+        self.defended = masks or sigma is not None
 
     def purify(self, images):
         """The images that the classifier sees, in [0, 1]; the input itself when undefended."""
@@ -389,17 +303,16 @@ class De3(nn.Module):
             _, prediction, mask = self.autoencoder.mim(images, self.mask_ratio)
             purified = self.autoencoder.to_images(prediction, images)
             if self.keep_visible:
-                p = self.autoencoder.patch_size
-                masked = unpatchify(mask[:, :, None].expand(-1, -1, p * p * 3), p)
-                purified = masked * purified + (1 - masked) * images
+                mask = mask[:, :, None].expand_as(prediction)
+                mask = unpatchify(mask, self.autoencoder.patch_size)  # [B, 3, H, W], 1 = dropped
+                purified = mask * purified + (1 - mask) * images
         else:
             purified = add_noise(images, self.sigma.draw(len(images), images.device))
             if self.autoencoder is not None:
                 purified = self.autoencoder.reconstruct(purified, images)
         clamped = purified.clamp(0, 1)
-        if self.straight_through:  # the value of the clamp, the gradient of the identity
-            return clamped.detach() + (purified - purified.detach())
-        return clamped
+        # straight through: the value of the clamp, the gradient of the identity
+        return clamped.detach() + (purified - purified.detach()) if self.straight_through else clamped
 
     def forward(self, images):
         check_images(images)

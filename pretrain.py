@@ -32,27 +32,27 @@ def arguments():
     add("--image-size", type=common.count, help="default: that of the size")
     add("--patch-size", type=common.count, help="default: that of the size")
     add("--task", choices=["nim", "mim"], default="nim", help="default nim")
-    add("--sigma", type=common.sigma, help="noise scale in 8-bit units, one draw per image: a "
+    add("--sigma", type=NoiseScale.parse, help="noise scale in 8-bit units, one draw per image: a "
         "number, gamma:SHAPE,SCALE or uniform:LOW,HIGH; default gamma:25,3, digits gamma:10,8")
-    add("--mask-ratio", type=common.mask_ratio, default=0.75, help="of MIM, default 0.75")
+    add("--mask-ratio", type=common.ratio, default=0.75, help="of MIM, default 0.75")
     add("--all-patches", action="store_true", help="MIM's loss over all patches, not masked ones")
     add("--norm-pix", action=argparse.BooleanOptionalAction,
         help="normalize each target patch; default: only at patches of 14 pixels and more")
     common.training_flags(add, RECIPES)
-    args = result.parse_args()
-    common.fill_defaults(args, RECIPES)
-    for name in ("image_size", "patch_size"):
-        if getattr(args, name) is None:
-            setattr(args, name, SIZES[args.size][name])
-    args.sigma = args.sigma or NoiseScale.parse(common.default(args, "pretrain"))
+    args = common.fill_in(result.parse_args(), RECIPES)
+    args.image_size = args.image_size or SIZES[args.size]["image_size"]
+    args.patch_size = args.patch_size or SIZES[args.size]["patch_size"]
+    args.sigma = args.sigma or NoiseScale.parse(data.default(args, "pretrain"))
     args.norm_pix = args.patch_size >= 14 if args.norm_pix is None else args.norm_pix
     return args
 
 
 def run_folder(args):
     usual = SIZES[args.size]
-    return common.autoencoder_folder(
-        args, f"nim_{args.sigma}" if args.task == "nim" else f"mim_{args.mask_ratio:g}",
+    return common.variant(
+        common.runs_folder(args), args,
+        f"nim_{args.sigma}" if args.task == "nim" else f"mim_{args.mask_ratio:g}",
+        args.size != data.default(args, "size") and args.size,
         args.image_size != usual["image_size"] and f"image{args.image_size}",
         args.patch_size != usual["patch_size"] and f"patch{args.patch_size}",
         args.norm_pix != (args.patch_size >= 14) and ("normpix" if args.norm_pix else "plainpix"),
@@ -62,18 +62,9 @@ def run_folder(args):
 def main():
     args = arguments()
     device = common.pick_device(args.device)
-    folder = run_folder(args)
+    path = run_folder(args) / "checkpoint.pt"
     settings = {name: str(value) for name, value in vars(args).items() if name not in
                 ("device", "runs", "workers", "resume", "overwrite")}
-
-    # the model
-    torch.manual_seed(args.seed)
-    mean, std = data.statistics(args.data)
-    config = dict(SIZES[args.size], image_size=args.image_size, patch_size=args.patch_size,
-                  norm_pix=args.norm_pix, mean=mean, std=std)
-    autoencoder = Autoencoder(**config).to(device)
-    optimizer = torch.optim.AdamW(common.parameter_groups(autoencoder, args.weight_decay),
-                                  betas=(0.9, 0.95))
 
     # the data
     train = data.load_dataset(args.data, "train", args.image_size,
@@ -81,18 +72,20 @@ def main():
     batches = data.loader(train, args.batch_size, shuffle=True, workers=args.workers, device=device)
     heldout = data.subset(data.load_dataset(args.data, "val", args.image_size), 1000)
 
-    # where an earlier run stands
-    checkpoint = common.open_run(folder, settings, "autoencoder", args)
-    epoch = 0
-    if checkpoint:
-        epoch = checkpoint["epoch"]
-        autoencoder.load_state_dict(checkpoint["model"])
-        optimizer.load_state_dict(checkpoint["optimizer"])
+    # the model, new or as an earlier run left it
+    torch.manual_seed(args.seed)
+    config = dict(SIZES[args.size], image_size=args.image_size, patch_size=args.patch_size,
+                  norm_pix=args.norm_pix, mean=data.default(args, "mean"),
+                  std=data.default(args, "std"))
+    autoencoder = Autoencoder(**config).to(device)
+    optimizer = torch.optim.AdamW(common.parameter_groups(autoencoder, args.weight_decay),
+                                  betas=(0.9, 0.95))
+    first_epoch = common.open_run(path, "autoencoder", settings, args, autoencoder, optimizer)
 
     # training
     peak = args.base_lr * min(args.batch_size, len(train)) / 256
-    progress = Progress(epoch, args.epochs)
-    for epoch in range(epoch, args.epochs):
+    progress = Progress(first_epoch, args.epochs)
+    for epoch in range(first_epoch, args.epochs):
         common.seed_epoch(args.seed, epoch)
         for step, (images, _) in enumerate(batches, start=epoch * len(batches)):
             images = images.to(device, non_blocking=True)
@@ -104,7 +97,7 @@ def main():
                                       args.warmup_epochs * len(batches), peak, final=0.0)
             common.update(loss, optimizer, lr, step)
             progress.add(loss.item(), len(images))
-        common.save_checkpoint(folder / "checkpoint.pt", {
+        common.save_checkpoint(path, {
             "kind": "autoencoder", "config": config, "task": args.task, "settings": settings,
             "model": autoencoder.state_dict(), "optimizer": optimizer.state_dict(),
             "epoch": epoch + 1, "epochs": args.epochs})
@@ -127,7 +120,7 @@ def main():
             after.append(common.psnr(restored.clamp(0, 1), images))
         first = f"{level:5g}  {torch.cat(before).mean():8.2f}" if nim else f"{level:10g}"
         print(f"{first}  {torch.cat(after).mean():{11 if nim else 16}.2f}")
-    print(f"\nwrote {folder / 'checkpoint.pt'}")
+    print(f"\nwrote {path}")
 
 
 if __name__ == "__main__":
