@@ -33,7 +33,7 @@ def arguments():
     add("--patch-size", type=common.count, help="default: that of the size")
     add("--task", choices=["nim", "mim"], default="nim", help="default nim")
     add("--sigma", type=NoiseScale.parse, help="noise scale in 8-bit units, one draw per image: a "
-        "number, gamma:SHAPE,SCALE or uniform:LOW,HIGH; default gamma:25,3, digits gamma:10,8")
+        "number, gamma:SHAPE,SCALE or uniform:LOW,HIGH; default gamma:25,3, digits gamma:10,12")
     add("--mask-ratio", type=common.ratio, default=0.75, help="of MIM, default 0.75")
     add("--all-patches", action="store_true", help="MIM's loss over all patches, not masked ones")
     add("--norm-pix", action=argparse.BooleanOptionalAction,

@@ -1445,7 +1445,7 @@ class TestBadInput(unittest.TestCase):
 
     def test_wrong_kind(self):
         runs, *_ = digits_runs()
-        source = runs / "digits/nim_gamma10-8"
+        source = runs / "digits/nim_gamma10-12"
         self.refused("finetune", "--runs", new_folder(), "--autoencoder", source / "clean",
                      says=("classifier", "autoencoder"))
         self.refused("attack", "--runs", runs, "--classifier", source,
