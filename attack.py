@@ -13,9 +13,7 @@ of the defense (the mean over draws: one shot). Appends its rows to RUNS/<data>/
 
 import csv
 import importlib.util
-import os
 import time
-from pathlib import Path
 from statistics import NormalDist
 
 import torch
@@ -23,7 +21,8 @@ import torch.nn.functional as F
 
 import common
 import data
-from model import De3, UserError, check_images
+from defend import evaluation_flags, load_defenses, load_test_images
+from model import UserError, check_images
 
 
 def margin(logits, labels):
@@ -38,21 +37,26 @@ def objective(logits, labels, targets, loss):
     return function(logits, labels) if targets is None else -function(logits, targets)
 
 
-def input_gradient(model, images, labels, targets, loss, eot):
+def input_gradient(model, images, labels, targets, loss, eot, max_batch=None):
     """Gradient of the objective with respect to the images, averaged over eot draws of the model.
 
     Expectation over transformation (Athalye et al. 2018): a model that is random at every call has
-    to be attacked through the mean over its randomness.
+    to be attacked through the mean over its randomness. As many draws go through the model at once
+    as max_batch images allow (one if None). Also returns the share of draws that err: [B].
     """
-    total = torch.zeros_like(images)
-    with torch.enable_grad():
-        for _ in range(eot):
+    total, errors = torch.zeros_like(images), torch.zeros(len(images), device=images.device)
+    together = max(1, (max_batch or 1) // max(1, len(images)))
+    for first in range(0, eot, together):
+        draws = min(together, eot - first)
+        y, aim = labels.repeat(draws), targets if targets is None else targets.repeat(draws)
+        with torch.enable_grad():
             x = images.detach().requires_grad_()
-            gain = objective(model(x), labels, targets, loss).sum()
-            total += torch.autograd.grad(gain, x)[0]
+            logits = model(x.repeat(draws, 1, 1, 1))
+            total += torch.autograd.grad(objective(logits, y, aim, loss).sum(), x)[0]
+        errors += (objective(logits.detach(), y, aim, "margin") > 0).view(draws, -1).sum(0)
     if not total.isfinite().all():
         raise UserError("the model's gradient with respect to its input is not finite")
-    return total / eot
+    return total / eot, errors / eot
 
 
 def project(x, images, eps, norm):
@@ -99,7 +103,7 @@ def strongest(model, candidates, labels, targets=None, draws=10):
 
 
 def pgd(model, images, labels, eps, steps, step_size=None, norm="linf", random_start=True,
-        restarts=1, eot=1, targets=None, loss="ce"):
+        restarts=1, eot=1, targets=None, loss="ce", early_stop=False, max_batch=None):
     """Projected gradient descent (Madry et al. 2018): adversarial images within eps, in [0, 1].
 
     model: [0, 1] images to logits, in evaluation mode. images [B, 3, H, W]; labels [B] (long).
@@ -108,6 +112,9 @@ def pgd(model, images, labels, eps, steps, step_size=None, norm="linf", random_s
     restarts: runs from so many starts and keeps the strongest (see there) for each image.
     eot: draws of a random model averaged in each gradient. loss: "ce" or "margin".
     targets [B]: classes to move to; None to move away from the labels.
+    early_stop: leave an image as it is once it fools the model. Only for deterministic models: on a
+        random one it stops at lucky draws.
+    max_batch: draws of EOT run together up to so many images; None: one draw at a time.
     Raises UserError for images that are not floats in [0, 1] and for settings out of range.
     """
     check_images(images)
@@ -120,14 +127,18 @@ def pgd(model, images, labels, eps, steps, step_size=None, norm="linf", random_s
     step_size = 2.5 * eps / steps if step_size is None else step_size
     images, candidates = images.detach(), []
     for _ in range(restarts):
-        x = random_point(images, eps, norm) if random_start else images
+        x = random_point(images, eps, norm) if random_start else images.clone()
+        todo = torch.arange(len(images), device=images.device)  # without early_stop: all, always
         for _ in range(steps):
-            gradient = input_gradient(model, x, labels, targets, loss, eot)
+            gradient, errors = input_gradient(model, x[todo], labels[todo], targets if targets is None
+                                              else targets[todo], loss, eot, max_batch)
+            if early_stop:
+                todo, gradient = todo[errors == 0], gradient[errors == 0]
             if norm == "linf":
                 direction = gradient.sign()
             else:
-                direction = F.normalize(gradient.flatten(1), eps=1e-30).view_as(images)
-            x = project(x + step_size * direction, images, eps, norm)
+                direction = F.normalize(gradient.flatten(1), eps=1e-30).view_as(gradient)
+            x[todo] = project(x[todo] + step_size * direction, images[todo], eps, norm)
         candidates.append(x)
     return candidates[0] if restarts == 1 else strongest(model, candidates, labels, targets)
 
@@ -136,68 +147,25 @@ FIELDS = ("defense sigma mask_ratio votes attack norm eps steps step_size restar
           "images seed clean_accuracy robust_accuracy seconds").split()
 
 
-def evaluation_flags(add, images):
-    """The flags of both evaluating stages."""
-    add("--classifier", nargs="+", metavar="RUN", help="folders of finetune.py's runs; default: "
-        "the undefended and the De³ classifier it makes by default")
-    add("--autoencoder", metavar="RUN", help="default: the one the classifier was trained behind")
-    add("--sigma", nargs="+", type=lambda text: text if text == "off" else common.number(float)(text),
-        metavar="S", help="sigmas to test, 'off' for undefended; default off for an undefended "
-        f"classifier, for De³ {data.DATASETS['digits']['test']} (digits) or "
-        f"{data.DATASETS['FOLDER']['test']}")
-    add("--mask-ratio", nargs="+", type=common.ratio, default=[0.25, 0.5, 0.75], metavar="R",
-        help="behind MIM: ratios to test, default 0.25 0.5 0.75")
-    add("--votes", type=common.count, default=1, help="draws that De³ averages for one answer, default 1")
-    add("--split", choices=["train", "val", "test"], default="test",
-        help="default test; only the digits tell val from test")
-    add("--images", type=common.count, default=images, help=f"how many, evenly spread; default {images}")
-    add("--batch-size", type=common.count, default=120, help="default 120")
-
-
-def load_defenses(args, device, straight_through=True):
-    """What --classifier, --autoencoder, --sigma, --mask-ratio and --votes ask for.
-
-    Returns a list of (name of the run, De3 on the device) and the last classifier's checkpoint.
-    """
-    behind, defenses = common.default_autoencoder(args), []
-    for folder in args.classifier or [common.variant(behind, args, "clean"), common.variant(
-            behind, args, "de3", data.default(args, "finetune"))]:
-        classifier, checkpoint = common.load_finished(folder, "classifier", common.command("finetune.py", args),
-                                               device)
-        mode, sigmas, ratios, autoencoder = checkpoint["mode"], args.sigma, [None], None
-        if mode == "de3" or (mode == "clean" and sigmas and sigmas != ["off"]):
-            inside = mode == "de3" or (Path(folder).parent / "checkpoint.pt").exists()
-            source = args.autoencoder or (Path(folder).parent if inside else behind)
-            autoencoder, pretraining = common.load_finished(source, "autoencoder",
-                                                     common.command("pretrain.py", args), device)
-            if mode == "de3" and not args.autoencoder and (
-                    common.fingerprint(autoencoder) != checkpoint["settings"]["fingerprint"]):
-                raise UserError(f"{folder} was trained behind another autoencoder than {source} now "
-                                "holds: train it again with finetune.py --overwrite")
-            if pretraining["task"] == "mim":
-                sigmas, ratios = ["off"], args.mask_ratio
-        sigmas = sigmas or (["off"] if mode == "clean" else data.default(args, "test").split())
-        for sigma, ratio in [(sigma, ratio) for sigma in sigmas for ratio in ratios]:
-            sigma = None if sigma == "off" else float(sigma)
-            defenses.append((os.path.relpath(folder, common.runs_folder(args)), De3(
-                autoencoder, classifier, sigma, ratio, checkpoint["keep_visible"], args.votes,
-                straight_through).to(device).eval()))
-    return defenses, checkpoint
-
-
-def load_test_images(args, checkpoint):
-    """Batches of the images --data, --split and --images ask for, sized for the classifier."""
-    images = data.load_dataset(args.data, args.split, checkpoint["config"]["image_size"])
-    if images.classes != checkpoint["classes"]:
-        raise UserError(f"the classes of {args.data} are not those the classifier was trained on")
-    return data.loader(data.subset(images, args.images), args.batch_size, workers=args.workers)
-
-
 def accuracy(model, images, labels, draws):
     """Share of correct predictions of each image over fresh draws of the model: [B]."""
     with torch.no_grad():
         return torch.stack([(model(images).argmax(1) == labels).double()
                             for _ in range(draws)]).mean(0)
+
+
+def robust_hits(defense, attacked, batches, device, eps, norm, losses, draws, settings):
+    """Attack every batch, check the ball, score on fresh draws: the sum of `accuracy` over images."""
+    hits = 0.0
+    for images, labels in batches:
+        images, labels = images.to(device), labels.to(device)
+        candidates = [pgd(attacked, images, labels, eps, norm=norm, loss=loss, **settings)
+                      for loss in losses]
+        adversarial = candidates[0] if len(candidates) == 1 else strongest(
+            attacked, candidates, labels)
+        check_adversarial(adversarial, images, eps, norm)
+        hits += accuracy(defense, adversarial, labels, draws).sum().item()
+    return hits
 
 
 def interval(percent, images):
@@ -218,6 +186,8 @@ def check_adversarial(adversarial, images, eps, norm):
 
 def append_row(path, row):
     """One more line in the table, which keeps the rows of earlier runs."""
+    if common.rank() > 0:
+        return
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "a+", newline="") as file:
         file.seek(0)
@@ -277,21 +247,25 @@ def arguments():
 
 def main():
     args = arguments()
-    device = common.pick_device(args.device)
+    device = common.start(args)
     defenses, checkpoint = load_defenses(args, device, not args.plain_clamp)
-    batches = load_test_images(args, checkpoint)
-    table, total, rows = common.runs_folder(args) / "attack.csv", len(batches.dataset), []
-    title = (f"{total} {args.split} images, {args.norm}, {args.steps} steps, EOT {args.eot}, "
+    share, images_in_all, _ = load_test_images(args, checkpoint)
+    batches = data.loader(share, min(args.batch_size, args.max_batch), args.workers)
+    table, rows = common.runs_folder(args) / "attack.csv", []
+    title = (f"{images_in_all} {args.split} images, {args.norm}, {args.steps} steps, EOT {args.eot}, "
              f"{args.restarts} restart(s), loss {'+'.join(args.loss)}, {args.threat}-box, "
              f"seed {args.seed}")
     print(f"{title}; accuracy in % [95% interval]\n\n{'defense':34} {'sigma':>8} {'eps':>7}  "
-          f"{'attack':8} {'clean':>19} {'robust':>19} {'seconds':>8}")
+          f"{'attack':8} {'clean':>19} {'robust':>19} {'seconds':>8} "
+          "  gradients/s")
     for name, defense in defenses:
         random = defense.mask_ratio is not None or bool(defense.sigma and defense.sigma.b > 0)
         draws = args.draws if random else 1
-        torch.manual_seed(args.seed)
-        clean = torch.cat([accuracy(defense, images.to(device), labels.to(device), draws)
-                           for images, labels in batches]).mean().item() * 100
+        common.seed_epoch(args.seed, 0)
+        clean, = common.total(sum(
+            accuracy(defense, images.to(device), labels.to(device), draws).sum().item()
+            for images, labels in batches))
+        clean *= 100 / images_in_all
         attacked = defense if args.threat == "white" else defense.classifier
         averaged = random and args.threat == "white"  # else every draw has the same gradient
         for eps, attack in [(eps, attack) for eps in args.eps for attack in args.attack]:
@@ -299,21 +273,20 @@ def main():
                 continue  # the same as pgd
             fgsm = attack == "fgsm"
             settings = dict(  # the attack itself
-                steps=1 if fgsm else args.steps, norm=args.norm, random_start=not fgsm,
+                steps=1 if fgsm else args.steps, random_start=not fgsm,
                 step_size=eps if fgsm else args.step_size or 2.5 * eps / args.steps,
                 restarts=1 if fgsm else args.restarts,
-                eot=args.eot if attack == "pgd+eot" and averaged else 1)
-            torch.manual_seed(args.seed)
-            start, robust = time.time(), []
-            for images, labels in batches:
-                images, labels = images.to(device), labels.to(device)
-                candidates = [pgd(attacked, images, labels, eps, loss=loss, **settings)
-                              for loss in args.loss]
-                adversarial = candidates[0] if len(candidates) == 1 else strongest(
-                    attacked, candidates, labels)
-                check_adversarial(adversarial, images, eps, args.norm)
-                robust.append(accuracy(defense, adversarial, labels, draws))
-            robust, seconds = torch.cat(robust).mean().item() * 100, time.time() - start
+                eot=args.eot if attack == "pgd+eot" and averaged else 1,
+                early_stop=not random and args.threat == "white", max_batch=args.max_batch)
+            common.seed_epoch(args.seed, 0)
+            start = time.time()
+            with common.autocast(args, device, default=False):
+                robust = robust_hits(defense, attacked, batches, device, eps, args.norm, args.loss,
+                                     draws, settings)
+            robust, seconds = common.total(robust)[0] * 100 / images_in_all, time.time() - start
+            gradients = images_in_all * settings["steps"] * settings["eot"] * settings["restarts"]
+            speed = "stopped early" if settings["early_stop"] else (
+                f"{gradients * len(args.loss) / seconds:.0f}")
             level = defense.sigma.a if defense.sigma else ""
             rows.append({
                 "defense": name, "sigma": level, "votes": args.votes, "attack": attack,
@@ -321,17 +294,19 @@ def main():
                 "norm": args.norm, "eps": f"{eps:.6g}", "steps": settings["steps"],
                 "step_size": f"{settings['step_size']:.6g}", "eot": settings["eot"],
                 "restarts": settings["restarts"], "loss": "+".join(args.loss),
-                "threat": args.threat + "-plainclamp" * args.plain_clamp, "images": total,
+                "threat": args.threat + "-plainclamp" * args.plain_clamp, "images": images_in_all,
                 "seed": args.seed, "clean_accuracy": round(clean, 2),
                 "robust_accuracy": round(robust, 2), "seconds": round(seconds, 1)})
             append_row(table, rows[-1])
             shown = "off" if not defense.defended else (
                 f"{level:g}" if level != "" else f"mask {defense.mask_ratio:g}")
             radius = f"{255 * eps:g}/255" if args.norm == "linf" else f"{eps:g}"
-            print(f"{name:34} {shown:>8} {radius:>7}  {attack:8} {interval(clean, total):>19} "
-                  f"{interval(robust, total):>19} {seconds:8.1f}", flush=True)
+            print(f"{name:34} {shown:>8} {radius:>7}  {attack:8} "
+                  f"{interval(clean, images_in_all):>19} {interval(robust, images_in_all):>19} "
+                  f"{seconds:8.1f} {speed:>13}", flush=True)
     print(f"\nwrote {table}")
-    plot(table.with_name("tradeoff.png"), rows, title)
+    if common.rank() == 0:
+        plot(table.with_name("tradeoff.png"), rows, title)
 
 
 if __name__ == "__main__":

@@ -1,31 +1,22 @@
-"""What the stages share: arguments, run folders, checkpoints, schedule, progress."""
+"""What the stages share: arguments, devices and processes, run folders, checkpoints, weights."""
 
 import argparse
 import hashlib
 import math
 import os
+import re
 import sys
-import time
 from pathlib import Path
 
 import torch
-from torch import nn
-from torchvision import transforms
-from torchvision.models import resnet18
+import torch.distributed as dist
+import torch.nn.functional as F
 
 import data
-from model import Autoencoder, Classifier, UserError
+from model import SIZES, Autoencoder, Classifier, UserError, make_classifier
 
-DECODER = dict(decoder_embed_dim=512, decoder_depth=8, decoder_num_heads=16)
-SIZES = {  # arguments of Autoencoder; base, large and huge are MAE's
-    "tiny": dict(image_size=32, patch_size=8, embed_dim=64, depth=4, num_heads=4,  # the digits
-                 decoder_embed_dim=64, decoder_depth=2, decoder_num_heads=4),
-    "small": dict(image_size=32, patch_size=4, embed_dim=192, depth=7, num_heads=6,  # 32x32 color
-                  decoder_embed_dim=128, decoder_depth=4, decoder_num_heads=4),
-    "base": dict(image_size=224, patch_size=16, embed_dim=768, depth=12, num_heads=12, **DECODER),
-    "large": dict(image_size=224, patch_size=16, embed_dim=1024, depth=24, num_heads=16, **DECODER),
-    "huge": dict(image_size=224, patch_size=14, embed_dim=1280, depth=32, num_heads=16, **DECODER),
-}
+NO_SETTINGS = "device runs workers resume overwrite max_batch bf16 compile dry_run".split()
+ENCODER = "image_size patch_size embed_dim depth num_heads mean std".split()  # what a classifier has
 
 
 # ------------------------------------------------------------------------------------ arguments
@@ -64,20 +55,12 @@ def parser(docstring):
     add("--device", default="auto", help="auto (default: cuda if there is one), cpu, cuda, ...")
     add("--runs", default="runs", help="everything is written to RUNS/<data>/ (default runs)")
     add("--workers", type=number(int), default=2, help="image loading processes, default 2")
+    add("--max-batch", type=count, default=256, help="images that a device sees at once: memory; "
+        "training accumulates gradients, EOT draws run together up to this; default 256")
+    add("--bf16", action=argparse.BooleanOptionalAction, default=None,
+        help="bfloat16 autocast; default: in training on a GPU")
+    add("--compile", action="store_true", help="torch.compile the models; the first steps take longer")
     return result
-
-
-def training_flags(add, recipes):
-    """The flags of both training stages; what is not given is taken from the size's recipe."""
-    def text(name):
-        return "default " + ", ".join(f"{recipes[key][name]:g} ({key})" for key in recipes)
-    add("--epochs", type=count, help=text("epochs"))
-    add("--batch-size", type=count, help=text("batch_size"))
-    add("--base-lr", type=number(float, 1e-12), help="lr = this x batch/256; " + text("base_lr"))
-    add("--warmup-epochs", type=number(float), help=text("warmup_epochs"))
-    add("--weight-decay", type=number(float), default=0.05, help="default 0.05")
-    add("--resume", action="store_true", help="go on where an interrupted run last saved")
-    add("--overwrite", action="store_true", help="train anew over an earlier run of this name")
 
 
 def fill_in(args, recipes=None, classifier=""):
@@ -90,13 +73,64 @@ def fill_in(args, recipes=None, classifier=""):
     return args
 
 
-def pick_device(name):
-    name = name if name != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+# ------------------------------------------------------------------------ devices and processes
+
+def start(args):
+    """The device to use; under torchrun, joins the other processes first. Only rank 0 prints."""
+    name = args.device if args.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    torchrun = "LOCAL_RANK" in os.environ
+    name += ":" + os.environ["LOCAL_RANK"] if torchrun and name == "cuda" else ""
     try:
-        torch.zeros(1, device=name).item()
-    except (RuntimeError, AssertionError) as error:
+        device = torch.zeros(1, device=name).cpu() is not None and torch.device(name)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise UserError(f"device {name!r} cannot be used: {str(error).splitlines()[0]}") from None
-    return name
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        torch.set_float32_matmul_precision("high")  # TF32 where fp32 stays
+    if torchrun and not dist.is_initialized():
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+    if rank() > 0:
+        sys.stdout = open(os.devnull, "w")
+    return device
+
+
+def rank():
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world():
+    """Number of processes."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def total(*values):
+    """The sum of each value over all processes, as a list of floats."""
+    sums = torch.tensor(values, dtype=torch.float64)
+    if dist.is_initialized():
+        dist.all_reduce(sums)
+    return sums.tolist()
+
+
+def compile_models(args, device, *models):
+    """torch.compile for --compile: an autoencoder's denoise, a classifier's forward, in place."""
+    if not args.compile:
+        return
+    try:
+        torch.compile(torch.neg)(torch.ones(2, device=device))
+    except Exception as error:  # no compiler, no Triton ...
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(f"--compile cannot work here ({reason}): leave it out") from None
+    for model in models:
+        if isinstance(model, Autoencoder):
+            model.denoise = torch.compile(model.denoise)
+        elif model is not None:
+            model.compile()
+
+
+def autocast(args, device, default):
+    """bfloat16 autocast if --bf16, or, where default says so, on a GPU."""
+    bf16 = default and device.type == "cuda" if args.bf16 is None else args.bf16
+    return torch.autocast(device.type, torch.bfloat16, enabled=bf16)
 
 
 def run_script(main):
@@ -110,6 +144,9 @@ def run_script(main):
     except KeyboardInterrupt:
         print("interrupted; training goes on with the same command and --resume", file=sys.stderr)
         sys.exit(130)
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
 
 
 # ---------------------------------------------------------------------- run folders, checkpoints
@@ -144,6 +181,8 @@ def command(script, args):
 
 def save_checkpoint(path, checkpoint):
     """Write beside `path`, then move into place: a kill at any moment leaves the old file whole."""
+    if rank() > 0:
+        return
     temporary = path.with_suffix(".tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -157,14 +196,25 @@ def save_checkpoint(path, checkpoint):
                         "before is kept: make room and go on with --resume") from None
 
 
-def load_checkpoint(path, kind):
-    """Read a checkpoint of this project; only tensors and plain values, nothing that runs code."""
+def read(path):
+    """A file of weights: tensors and plain values only, so that loading it cannot run code.
+
+    The one class let through is argparse.Namespace, which MAE's training checkpoints hold.
+    """
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise UserError(f"there is no file {path}") from None
     except Exception as error:  # torch.load of a damaged file raises many kinds
         reason = (str(error) or type(error).__name__).splitlines()[0][:80]
         raise UserError(f"{path} is damaged, no checkpoint, or holds objects that could run code "
-                        f"when loaded ({reason}); make it again with --overwrite") from None
+                        f"when loaded ({reason}); make it again (--overwrite) or get it again") from None
+
+
+def load_checkpoint(path, kind):
+    """Read a checkpoint of this project."""
+    checkpoint = read(path)
     if not isinstance(checkpoint, dict) or not {"kind", "config", "model", "epoch"} <= set(checkpoint):
         raise UserError(f"{path} is not a checkpoint of this project")
     if checkpoint["kind"] != kind:
@@ -200,9 +250,15 @@ def open_run(path, kind, settings, args, model, optimizer):
     return epoch
 
 
-def load_finished(folder, kind, made_by, device="cpu"):
-    """A finished run: (model in evaluation mode, without gradients; its checkpoint)."""
-    path = Path(folder) / "checkpoint.pt"
+def load_finished(source, kind, made_by, device="cpu", args=None):
+    """A finished run's folder: (model in evaluation mode, without gradients; its checkpoint).
+
+    With args, source may also be a file of published weights, in the model of --size.
+    """
+    path = Path(source) / "checkpoint.pt"
+    if Path(source).is_file() and args:
+        model, checkpoint = load_published(source, kind, args)
+        return model.to(device).eval().requires_grad_(False), checkpoint
     if not path.exists():
         raise UserError(f"{path} is missing; make it with: {made_by}")
     checkpoint = load_checkpoint(path, kind)
@@ -217,12 +273,73 @@ def load_finished(folder, kind, made_by, device="cpu"):
     return model.to(device).eval().requires_grad_(False), checkpoint
 
 
-def make_classifier(kind="vit", **config):
-    """The ViT, or torchvision's resnet18 with the normalization inside ([0, 1] images to logits)."""
-    if kind == "vit":
-        return Classifier(**config)
-    return nn.Sequential(transforms.Normalize(config["mean"], config["std"]),
-                         resnet18(num_classes=config["num_classes"]))
+def published_state(path, key="model"):
+    """State dict in a file of weights: ours, MAE's, NIM-AdvDef's ({key: state}), or timm's ViT."""
+    file = read(path)
+    for state in (file.get(key), file.get("model"), file) if isinstance(file, dict) else ():
+        if isinstance(state, dict) and "patch_embed.proj.weight" in state:
+            return {name: value for name, value in state.items() if torch.is_tensor(value)}
+    raise UserError(f"{path} holds no ViT weights under the names of MAE and timm")
+
+
+def resize_pos_embed(pos_embed, length):
+    """Interpolate a position embedding bicubically, [1, 1 + old², D] -> [1, length, D]."""
+    old, new = math.isqrt(pos_embed.shape[1] - 1), math.isqrt(length - 1)
+    if old == new or old**2 + 1 != pos_embed.shape[1]:
+        return pos_embed
+    grid = pos_embed[:, 1:].reshape(1, old, old, -1).permute(0, 3, 1, 2)
+    grid = F.interpolate(grid, size=(new, new), mode="bicubic", align_corners=False)
+    return torch.cat([pos_embed[:, :1], grid.flatten(2).transpose(1, 2)], dim=1)
+
+
+def initialize(model, state, source):
+    """Copy the weights that model and state have in common, by name; pos_embed is interpolated.
+
+    Returns the names loaded, left at their initial value, and ignored. Raises UserError where a
+    shape or the depth differs, and for a classifier that reads the class token.
+    """
+    own = model.state_dict()
+    if "head.weight" in own and "head.weight" in state and "fc_norm.weight" not in state:
+        raise UserError(f"{source} classifies by the class token, this classifier by the mean of the "
+                        "patch tokens (timm: global_pool='avg')")
+    for name in sorted(own.keys() | state.keys()):
+        if name.startswith("blocks.") and (name not in own or name not in state):
+            raise UserError(f"{name} is in only one of {source} and the model: another --size?")
+    loaded = {name: resize_pos_embed(value, own[name].shape[1]) if "pos_embed" in name else value
+              for name, value in state.items() if name in own}
+    for name, value in loaded.items():
+        if value.shape != own[name].shape:
+            raise UserError(f"{name} is {list(value.shape)} in {source} and {list(own[name].shape)} "
+                            "in the model")
+    model.load_state_dict(loaded, strict=False)
+    return loaded.keys(), own.keys() - loaded.keys(), state.keys() - loaded.keys()
+
+
+def initialize_from_file(model, path, key="model"):
+    """`initialize` from published weights, and say by name what became of them."""
+    found = initialize(model, published_state(path, key), path)
+    for title, names in zip(("loaded", "left at the initial value", "ignored"), found):
+        short = sorted({re.sub(r"\.\d+\.", ".*.", name) for name in names})
+        print(f"{path}: {title}: {', '.join(short) or 'nothing'}")
+    return found[1]
+
+
+def load_published(path, kind, args):
+    """A model of --size with published weights, and what a checkpoint of ours would say of it."""
+    key = "model" if kind == "autoencoder" else "classifier"
+    state = published_state(path, key)
+    size = SIZES[args.size]
+    side = math.isqrt(state["pos_embed"].shape[1] - 1) if "pos_embed" in state else 1
+    config = dict(size, image_size=side * size["patch_size"], mean=data.default(args, "mean"),
+                  std=data.default(args, "std"), norm_pix=size["patch_size"] >= 14)
+    if kind == "classifier":
+        config = {name: config[name] for name in ENCODER}
+        config["num_classes"] = len(state.get("head.weight", " "))
+    model = (Autoencoder if kind == "autoencoder" else Classifier)(**config)
+    if missing := initialize_from_file(model, path, key):
+        raise UserError(f"{path} is no whole {kind}: it lacks {', '.join(sorted(missing)[:3])} ...")
+    return model, dict(config=config, task="nim", mode="de3" if args.autoencoder else "clean",
+                       keep_visible=False, classes=None, settings={"fingerprint": ""})
 
 
 def fingerprint(model):
@@ -231,76 +348,12 @@ def fingerprint(model):
     return hashlib.sha256(values).hexdigest()[:12]
 
 
-# ------------------------------------------------------------------------------------- training
-
-def parameter_groups(model, weight_decay, layer_decay=1.0):
-    """AdamW groups: no weight decay on 1-D parameters, nor on what model.no_weight_decay names.
-
-    layer_decay: the lr of block i is scaled by layer_decay^(depth - i), that of the tokens
-    (patches, positions, class) by layer_decay^(depth + 1), that of the head by 1 (as in MAE).
-    """
-    depth, groups = len(getattr(model, "blocks", ())), {}
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            layer = int(name.split(".")[1]) + 1 if name.startswith("blocks.") else 0 if (
-                name.startswith(("cls_token", "pos_embed", "patch_embed"))) else depth + 1
-            decays = parameter.dim() > 1 and name not in getattr(model, "no_weight_decay", ())
-            group = groups.setdefault((layer, decays), dict(
-                params=[], weight_decay=weight_decay if decays else 0.0,
-                lr_scale=layer_decay ** (depth + 1 - layer)))
-            group["params"].append(parameter)
-    return list(groups.values())
-
-
-def learning_rate(step, steps, warmup_steps, peak, final):
-    """Linear warm-up from 0, then half a cosine from peak to final; one value per iteration."""
-    if step < warmup_steps:
-        return peak * step / warmup_steps
-    progress = (step - warmup_steps) / max(1, steps - warmup_steps)
-    return final + (peak - final) * 0.5 * (1 + math.cos(math.pi * progress))
-
-
-def update(loss, optimizer, lr, step):
-    """One optimizer step at this learning rate; a loss that is not finite stops the run."""
-    if not loss.isfinite():
-        raise UserError(f"the loss is {loss.item()} at step {step}; what was saved before is kept: "
-                        "try a lower --base-lr")
-    for group in optimizer.param_groups:
-        group["lr"] = lr * group["lr_scale"]
-    optimizer.zero_grad()
-    loss.backward()
-    optimizer.step()
-
-
 def seed_epoch(seed, epoch):
-    """All randomness of an epoch follows from (seed, epoch), so a resumed run repeats it exactly."""
-    torch.manual_seed(seed * 1_000_003 + epoch + 1)
+    """All randomness of an epoch follows from (seed, epoch), so a resumed run repeats it exactly.
 
-
-class Progress:
-    """Prints loss, accuracy, speed and time left, at most every five seconds and at the end."""
-
-    def __init__(self, first_epoch, epochs):
-        self.first, self.epochs = first_epoch, epochs
-        self.start = self.printed = time.time()
-        self.images, self.window = 0, [0.0, 0, 0]  # window: loss, hits, images since the last line
-
-    def add(self, loss, images, hits=math.nan):
-        """A batch: its mean loss, its size, and how many it got right."""
-        self.images += images
-        self.window = [a + b for a, b in zip(self.window, (loss * images, hits, images))]
-
-    def epoch_done(self, epoch, lr):
-        now = time.time()
-        if now - self.printed < 5 and epoch < self.epochs:
-            return
-        loss, hits, images = self.window
-        left = (now - self.start) / (epoch - self.first) * (self.epochs - epoch)
-        accuracy = "" if math.isnan(hits) else f"accuracy {100 * hits / images:5.1f}%  "
-        print(f"epoch {epoch:4d}/{self.epochs}  loss {loss / images:7.4f}  {accuracy}lr {lr:.1e}  "
-              f"{self.images / (now - self.start):6.0f} images/s  "
-              f"{left // 60:.0f}:{left % 60:02.0f} left", flush=True)
-        self.printed, self.window = now, [0.0, 0, 0]
+    Each process draws its own noise; the order of the images is data.TrainingOrder's.
+    """
+    torch.manual_seed((seed * 1_000_003 + epoch + 1) * 1_009 + rank())
 
 
 def psnr(images, reference):

@@ -19,8 +19,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from torch.utils.data import BatchSampler, DataLoader, RandomSampler, SequentialSampler
-from torch.utils.data import Subset, TensorDataset
+from torch.utils.data import BatchSampler, DataLoader, Sampler, Subset, TensorDataset
 from torchvision import datasets, transforms
 from torchvision.transforms import InterpolationMode, v2
 
@@ -125,21 +124,44 @@ def load_dataset(name, split, image_size, transform=None):
         raise UserError(f"{folder}: {str(error).splitlines()[0]}") from None
 
 
-def loader(dataset, batch_size, shuffle=False, workers=0, device="cpu"):
-    """Batches (images, labels). Shuffling is for training: it also drops the last partial batch.
+class TrainingOrder(Sampler):
+    """Lists of indices for one epoch of training (set `epoch` before each).
 
-    Order and augmentation follow torch's global random state.
+    Every process draws the same permutation, which follows from seed and epoch, cuts it into
+    batches (the last partial one is dropped), and takes its share of each, in `parts` micro-batches.
     """
-    sampler = RandomSampler(dataset) if shuffle else SequentialSampler(dataset)
-    batches = BatchSampler(sampler, min(batch_size, len(dataset)), drop_last=shuffle)
+
+    def __init__(self, images, batch_size, parts, seed, rank=0, world=1):
+        self.images, self.batch_size, self.parts, self.seed = images, batch_size, parts, seed
+        self.rank, self.world, self.epoch = rank, world, 0
+
+    def __len__(self):
+        return self.images // self.batch_size * self.parts
+
+    def __iter__(self):
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
+        order = torch.randperm(self.images, generator=generator)
+        for batch in order.split(self.batch_size)[:self.images // self.batch_size]:
+            for part in range(self.parts):
+                yield batch[self.rank + part * self.world::self.parts * self.world].tolist()
+
+
+def loader(dataset, batches, workers=0, device="cpu"):
+    """Pairs (images, labels); batches: a TrainingOrder, or a batch size, to go once through all."""
+    if isinstance(batches, int):
+        batches = BatchSampler(range(len(dataset)), batches, drop_last=False)
     if isinstance(dataset, TensorDataset):  # in memory: a batch is one indexing operation
         return DataLoader(dataset, sampler=batches, batch_size=None)
-    return DataLoader(dataset, batch_sampler=batches, num_workers=workers, pin_memory=device != "cpu")
+    return DataLoader(dataset, batch_sampler=batches, num_workers=workers,
+                      pin_memory=str(device) != "cpu")
 
 
-def subset(dataset, count):
-    """`count` images evenly spread over the data set (a folder lists its images class by class)."""
+def subset(dataset, count, rank=0, world=1):
+    """`count` images evenly spread over the data set (a folder lists its images class by class).
+
+    Of several processes each gets its share: every image exactly once.
+    """
     count = min(count, len(dataset))
-    chosen = [i * len(dataset) // count for i in range(count)]
+    chosen = [i * len(dataset) // count for i in range(count)][rank::world]
     in_memory = isinstance(dataset, TensorDataset)
     return TensorDataset(*dataset[chosen]) if in_memory else Subset(dataset, chosen)

@@ -10,6 +10,7 @@ denoised, with the predicted labels. Images of one's own should look like the da
 are bright on dark.
 """
 
+import os
 from pathlib import Path
 
 import torch
@@ -19,8 +20,68 @@ from torchvision.utils import save_image
 
 import common
 import data
-from attack import evaluation_flags, load_defenses, load_test_images, pgd
-from model import De3, add_noise
+from model import De3, UserError, add_noise
+
+
+def evaluation_flags(add, images):
+    """The flags of both evaluating stages."""
+    add("--classifier", nargs="+", metavar="RUN", help="folders of finetune.py's runs, or files of "
+        "published weights; default: the undefended and the De³ classifier made by default")
+    add("--autoencoder", metavar="RUN", help="folder or file; default: the one the classifier was "
+        "trained behind")
+    add("--sigma", nargs="+", type=lambda text: text if text == "off" else common.number(float)(text),
+        metavar="S", help="sigmas to test, 'off' for undefended; default off for an undefended "
+        f"classifier, for De³ {data.DATASETS['digits']['test']} (digits) or "
+        f"{data.DATASETS['FOLDER']['test']}")
+    add("--mask-ratio", nargs="+", type=common.ratio, default=[0.25, 0.5, 0.75], metavar="R",
+        help="behind MIM: ratios to test, default 0.25 0.5 0.75")
+    add("--votes", type=common.count, default=1, help="draws that De³ averages for one answer, default 1")
+    add("--split", choices=["train", "val", "test"], default="test",
+        help="default test; only the digits tell val from test")
+    add("--images", type=common.count, default=images, help=f"how many, evenly spread; default {images}")
+    add("--batch-size", type=common.count, default=120, help="default 120")
+
+
+def load_defenses(args, device, straight_through=True):
+    """What --classifier, --autoencoder, --sigma, --mask-ratio and --votes ask for.
+
+    Returns a list of (name of the run, De3 on the device) and the last classifier's checkpoint.
+    """
+    behind, defenses = common.default_autoencoder(args), []
+    for folder in args.classifier or [common.variant(behind, args, "clean"), common.variant(
+            behind, args, "de3", data.default(args, "finetune"))]:
+        classifier, checkpoint = common.load_finished(
+            folder, "classifier", common.command("finetune.py", args), device, args)
+        mode, sigmas, ratios, autoencoder = checkpoint["mode"], args.sigma, [None], None
+        if mode == "de3" or (mode == "clean" and sigmas and sigmas != ["off"]):
+            inside = mode == "de3" or (Path(folder).parent / "checkpoint.pt").exists()
+            source = args.autoencoder or (Path(folder).parent if inside else behind)
+            autoencoder, pretraining = common.load_finished(
+                source, "autoencoder", common.command("pretrain.py", args), device, args)
+            if mode == "de3" and not args.autoencoder and (
+                    common.fingerprint(autoencoder) != checkpoint["settings"]["fingerprint"]):
+                raise UserError(f"{folder} was trained behind another autoencoder than {source} now "
+                                "holds: train it again with finetune.py --overwrite")
+            if pretraining["task"] == "mim":
+                sigmas, ratios = ["off"], args.mask_ratio
+        sigmas = sigmas or (["off"] if mode == "clean" else data.default(args, "test").split())
+        for sigma, ratio in [(sigma, ratio) for sigma in sigmas for ratio in ratios]:
+            sigma = None if sigma == "off" else float(sigma)
+            defenses.append((os.path.relpath(folder, common.runs_folder(args)), De3(
+                autoencoder, classifier, sigma, ratio, checkpoint["keep_visible"], args.votes,
+                straight_through).to(device).eval()))
+        common.compile_models(args, device, autoencoder, classifier)
+    return defenses, checkpoint
+
+
+def load_test_images(args, checkpoint):
+    """What --data, --split and --images ask for: this process's share, number of all, classes."""
+    images = data.load_dataset(args.data, args.split, checkpoint["config"]["image_size"])
+    if len(images.classes) != checkpoint["config"]["num_classes"] or (
+            images.classes != (checkpoint["classes"] or images.classes)):
+        raise UserError(f"the classes of {args.data} are not those the classifier was trained on")
+    share = data.subset(images, args.images, common.rank(), common.world())
+    return share, min(args.images, len(images)), images.classes
 
 
 def arguments():
@@ -51,8 +112,8 @@ def purify_photos(args, defenses, checkpoint, device):
             with torch.no_grad():
                 confidence, label = defense(image[None].to(device)).softmax(1)[0].max(0)
                 purified = defense.purify(image[None].to(device))
-            level = level_text(defense)
-            print(f"{path}  {level:>12}: {checkpoint['classes'][label]} ({100 * confidence:.1f}%)")
+            level, names = level_text(defense), checkpoint["classes"]
+            print(f"{path}  {level:>12}: {names[label] if names else label} ({100 * confidence:.1f}%)")
             if defense.defended:
                 save_image(purified, folder / f"{number}_{path.stem}_{level.replace(' ', '')}.png")
     print(f"wrote purified images to {folder}/")
@@ -78,34 +139,37 @@ def picture(path, rows, classes):
 
 def main():
     args = arguments()
-    device = common.pick_device(args.device)
+    device = common.start(args)
     defenses, checkpoint = load_defenses(args, device)
     if args.photos:
-        return purify_photos(args, defenses, checkpoint, device)
-    batches = load_test_images(args, checkpoint)
+        return purify_photos(args, defenses, checkpoint, device) if common.rank() == 0 else None
+    share, images_in_all, classes = load_test_images(args, checkpoint)
+    batches = data.loader(share, min(args.batch_size, args.max_batch), args.workers)
 
     # clean accuracy, and the PSNR of what the classifier sees, over sigma
-    print(f"{len(batches.dataset)} {args.split} images, votes {args.votes}, seed {args.seed}\n\n"
+    print(f"{images_in_all} {args.split} images, votes {args.votes}, seed {args.seed}\n\n"
           f"{'defense':34} {'level':>12}  clean accuracy %  PSNR dB")
     for name, defense in defenses:
-        torch.manual_seed(args.seed)
-        hits, quality = [], []
+        common.seed_epoch(args.seed, 0)
+        hits = quality = 0
         for images, labels in batches:
             images, labels = images.to(device), labels.to(device)
             with torch.no_grad():
-                hits.append((defense(images).argmax(1) == labels).double())
-                quality.append(common.psnr(defense.purify(images), images))
-        shown = f"{torch.cat(quality).mean():7.2f}" if defense.defended else "      -"
-        print(f"{name:34} {level_text(defense):>12}  {100 * torch.cat(hits).mean():16.1f}  {shown}")
+                hits += (defense(images).argmax(1) == labels).sum().item()
+                quality += common.psnr(defense.purify(images), images).sum().item()
+        hits, quality = (value / images_in_all for value in common.total(hits, quality))
+        shown = f"{quality:7.2f}" if defense.defended else "      -"
+        print(f"{name:34} {level_text(defense):>12}  {100 * hits:16.1f}  {shown}")
 
     # the picture: the undefended classifier's answer first, then De³'s middle level
     defended = [defense for _, defense in defenses if defense.defended]
-    if not defended:
+    if not defended or common.rank() > 0:
         return
     defense = defended[len(defended) // 2]
     undefended = next((other for _, other in defenses if not other.defended),
                       De3(None, defense.classifier, None))
-    images, labels = next(iter(data.loader(data.subset(batches.dataset, 10), 10)))
+    from attack import pgd  # here, because attack.py imports this file
+    images, labels = next(iter(data.loader(data.subset(share, 10), 10)))
     images, labels = images.to(device), labels.to(device)
     torch.manual_seed(args.seed)
     fooling = pgd(undefended, images, labels, args.eps, args.steps)
@@ -117,7 +181,7 @@ def main():
             ("original", images, undefended), ("attacked,\nno defense", fooling, undefended),
             ("attacked\nthrough De3", adversarial, defense), ("noisy", noisy, undefended),
             ("denoised", purified, defense.classifier)]]
-    picture(common.runs_folder(args) / "defend.png", rows, checkpoint["classes"])
+    picture(common.runs_folder(args) / "defend.png", rows, classes)
 
 
 if __name__ == "__main__":

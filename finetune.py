@@ -21,9 +21,9 @@ from torchvision.transforms import v2
 
 import common
 import data
+import pretrain
 from attack import pgd
-from common import SIZES, Progress
-from model import De3, NoiseScale, UserError
+from model import SIZES, De3, NoiseScale, UserError, make_classifier
 
 IMAGENET = dict(epochs=100, batch_size=1024, base_lr=1e-3, warmup_epochs=5, layer_decay=0.75,
                 drop_path=0.1)
@@ -47,8 +47,8 @@ def arguments():
                        ("clean", "train only the undefended classifier"),
                        ("no-denoise", "train on noisy images that are not denoised")]:
         mode.add_argument(f"--{name}", action="store_const", dest="mode", const=name, help=text)
-    add("--autoencoder", metavar="RUN", help="folder of the pretraining run; default: the one that "
-        "pretrain.py makes by default")
+    add("--autoencoder", metavar="RUN", help="folder of the pretraining run, or a file of published "
+        "weights; default: the run that pretrain.py makes by default")
     add("--sigma", type=NoiseScale.parse, help="noise scale in 8-bit units, one draw per image; "
         f"default uniform:0,30, digits {data.DATASETS['digits']['finetune']}")
     add("--mask-ratio", type=common.ratio, default=0.75,
@@ -63,34 +63,20 @@ def arguments():
     add("--augment", action=argparse.BooleanOptionalAction, help="crop, flip, RandAugment, erasing, "
         "MixUp/CutMix, label smoothing; default: with 10,000 training images or more; the digits "
         "are only shifted, by default")
-    common.training_flags(add, RECIPES)
+    pretrain.training_flags(add, RECIPES)
     args = result.parse_args()
     common.fill_in(args, RECIPES, args.classifier)
     args.sigma = args.sigma or NoiseScale.parse(data.default(args, "finetune"))
     args.from_scratch = args.from_scratch or args.classifier != "vit"
+    if args.init and args.from_scratch:
+        raise UserError("--init is for the ViT, and not for --from-scratch")
     args.layer_decay = 1.0 if args.from_scratch else args.layer_decay
     return args
 
 
-def resize_pos_embed(pos_embed, length):
-    """Interpolate a position embedding bicubically, [1, 1 + old², D] -> [1, length, D]."""
-    old, new = math.isqrt(pos_embed.shape[1] - 1), math.isqrt(length - 1)
-    if old == new:
-        return pos_embed
-    grid = pos_embed[:, 1:].reshape(1, old, old, -1).permute(0, 3, 1, 2)
-    grid = F.interpolate(grid, size=(new, new), mode="bicubic", align_corners=False)
-    return torch.cat([pos_embed[:, :1], grid.flatten(2).transpose(1, 2)], dim=1)
-
-
 def start_from_autoencoder(classifier, autoencoder):
     """Copy the encoder's weights, without its norm; pos_embed is interpolated to the image size."""
-    state = {name: value for name, value in autoencoder.state_dict().items()
-             if name.startswith(("patch_embed.", "cls_token", "pos_embed", "blocks."))}
-    state["pos_embed"] = resize_pos_embed(state["pos_embed"], classifier.pos_embed.shape[1])
-    try:
-        classifier.load_state_dict(state, strict=False)
-    except RuntimeError as error:
-        raise UserError("classifier and encoder do not fit: " + str(error).splitlines()[1].strip())
+    common.initialize(classifier, autoencoder.state_dict(), "the autoencoder")
 
 
 def train(args, mode, device):
@@ -98,9 +84,9 @@ def train(args, mode, device):
     # the autoencoder to start from, and to stand behind
     source, autoencoder, masks = Path(args.autoencoder or common.default_autoencoder(args)), None, False
     size = dict(SIZES[args.size], mean=data.default(args, "mean"), std=data.default(args, "std"))
-    if mode == "de3" or not args.from_scratch:
+    if mode == "de3" or not (args.from_scratch or args.init):
         autoencoder, pretraining = common.load_finished(
-            source, "autoencoder", common.command("pretrain.py", args), device)
+            source, "autoencoder", common.command("pretrain.py", args), device, args)
         size, masks = pretraining["config"], mode == "de3" and pretraining["task"] == "mim"
     if args.keep_visible and not masks:
         raise UserError("--keep-visible is for --de3 behind an autoencoder of --task mim")
@@ -114,47 +100,59 @@ def train(args, mode, device):
     augment = digits or len(train_set) >= 10_000 if args.augment is None else args.augment
     if augment and not digits:
         train_set.transform = data.finetune_transform(size["image_size"])
-    batches = data.loader(train_set, args.batch_size, shuffle=True, workers=args.workers,
-                          device=device)
+    batch, parts, steps = pretrain.plan(args, len(train_set))  # an epoch has `steps` optimizer steps
+    order = data.TrainingOrder(len(train_set), batch, parts, args.seed, common.rank(), common.world())
+    batches = data.loader(train_set, order, args.workers, device)
     num_classes = len(train_set.classes)
     mix = v2.RandomChoice([v2.MixUp(alpha=0.8, num_classes=num_classes),
                            v2.CutMix(alpha=1.0, num_classes=num_classes)])
 
     # the classifier, new, from the encoder, or as an earlier run left it
     torch.manual_seed(args.seed)
-    config = {name: size[name] for name in ("image_size", "patch_size", "embed_dim", "depth",
-                                            "num_heads", "mean", "std")}
+    config = {name: size[name] for name in common.ENCODER}
     config.update(kind=args.classifier, num_classes=num_classes, drop_path=args.drop_path)
-    classifier = common.make_classifier(**config).to(device)
-    if not args.from_scratch:
+    classifier = make_classifier(**config).to(device)
+    if args.init:
+        common.initialize_from_file(classifier, args.init, "classifier")
+    elif not args.from_scratch:
         start_from_autoencoder(classifier, autoencoder)
     optimizer = torch.optim.AdamW(
-        common.parameter_groups(classifier, args.weight_decay, args.layer_decay),
-        betas=(0.9, 0.999))
+        pretrain.parameter_groups(classifier, args.weight_decay, args.layer_decay),
+        betas=(0.9, 0.999), fused=device.type == "cuda")
+    parent = common.runs_folder(args) / source.stem if source.is_file() else source
     path = common.variant(
-        source if autoencoder else common.runs_folder(args), args, mode,
+        parent if autoencoder else common.runs_folder(args), args, mode,
         mode != "clean" and not masks and args.sigma,
         masks and args.mask_ratio != 0.75 and f"{args.mask_ratio:g}",
         args.keep_visible and "visible",
         args.adversarial is not None and f"adversarial{255 * args.adversarial:g}",
         args.classifier if args.classifier != "vit" else args.from_scratch and "scratch",
+        args.init and f"init-{Path(args.init).stem}",
     ) / "checkpoint.pt"
-    ignored = ["device", "runs", "workers", "resume", "overwrite", "autoencoder", "mode"]
+    ignored = [*common.NO_SETTINGS, "autoencoder", "mode"]
     ignored += ["sigma"] if mode == "clean" or masks else []
     ignored += [] if masks else ["mask_ratio", "keep_visible"]
     settings = {name: str(value) for name, value in vars(args).items() if name not in ignored}
     settings["fingerprint"] = common.fingerprint(autoencoder) if autoencoder else ""
-    first_epoch = common.open_run(path, "classifier", settings, args, classifier, optimizer)
-
-    # training
     defense = De3(autoencoder if mode == "de3" else None, classifier,
                   None if mode == "clean" or masks else args.sigma,
                   args.mask_ratio if masks else None, args.keep_visible)
-    peak = args.base_lr * min(args.batch_size, len(train_set)) / 256
-    progress = Progress(first_epoch, args.epochs)
+    if args.dry_run:
+        one = torch.zeros(1, 3, size["image_size"], size["image_size"], device=device)
+        print(f"{mode}:")
+        return pretrain.dry_run(args, classifier, lambda: classifier(defense.purify(one)).sum(),
+                                len(train_set), batch, parts, steps)
+    first_epoch = common.open_run(path, "classifier", settings, args, classifier, optimizer)
+    common.compile_models(args, device, autoencoder, classifier)
+
+    # training
+    peak = args.base_lr * batch / 256
+    model, progress = pretrain.distribute(classifier), pretrain.Progress(first_epoch, args.epochs)
     for epoch in range(first_epoch, args.epochs):
         common.seed_epoch(args.seed, epoch)
-        for step, (images, labels) in enumerate(batches, start=epoch * len(batches)):
+        order.epoch = epoch
+        for micro, (images, labels) in enumerate(batches, start=epoch * steps * parts):
+            step, last = micro // parts, (micro + 1) % parts == 0
             if augment and digits:
                 images = data.shift(images)
             images, labels = images.to(device, non_blocking=True), labels.to(device)
@@ -167,14 +165,18 @@ def train(args, mode, device):
             elif augment and not digits:
                 images, targets = mix(images, labels)
             classifier.train()
-            with torch.no_grad():
-                purified = defense.purify(images)
-            logits = classifier(purified)
-            loss = F.cross_entropy(logits, targets,
-                                   label_smoothing=0.1 if augment and not digits else 0.0)
-            lr = common.learning_rate(step, args.epochs * len(batches),
-                                      args.warmup_epochs * len(batches), peak, final=1e-6)
-            common.update(loss, optimizer, lr, step)
+            with pretrain.sharing(model, last):
+                with common.autocast(args, device, default=True):
+                    with torch.no_grad():
+                        purified = defense.purify(images)
+                    logits = model(purified)
+                    loss = F.cross_entropy(logits, targets,
+                                           label_smoothing=0.1 if augment and not digits else 0.0)
+                pretrain.backward(loss, parts, step)
+            if last:
+                lr = pretrain.learning_rate(step, args.epochs * steps, args.warmup_epochs * steps, peak,
+                                          final=1e-6)
+                pretrain.update(optimizer, lr)
             mixed = targets is not labels
             progress.add(loss.item(), len(images),
                          math.nan if mixed else (logits.argmax(1) == labels).sum().item())
@@ -189,19 +191,20 @@ def train(args, mode, device):
     defense.eval()
     common.seed_epoch(args.seed, args.epochs)
     defense.mask_ratio = args.mask_ratio / 2 if masks else None
-    heldout, hits = data.subset(heldout, 1000), 0
+    heldout, hits = data.subset(heldout, 1000, common.rank(), common.world()), 0
     for images, labels in data.loader(heldout, 250, workers=args.workers):
         with torch.no_grad():
             hits += (defense(images.to(device)).argmax(1).cpu() == labels).sum().item()
     level = f" at mask ratio {defense.mask_ratio:g}" if masks else (
         "" if mode == "clean" else f" at sigma {args.sigma}")
-    print(f"{mode}{level}: {100 * hits / len(heldout):.1f}% of {len(heldout)} validation images")
+    hits, images = common.total(hits, len(heldout))
+    print(f"{mode}{level}: {100 * hits / images:.1f}% of {images:.0f} validation images")
     print(f"wrote {path}\n")
 
 
 def main():
     args = arguments()
-    device = common.pick_device(args.device)
+    device = common.start(args)
     usual = ["de3", "clean"] if args.adversarial is None else ["clean"]
     for mode in [args.mode] if args.mode else usual:
         train(args, mode, device)

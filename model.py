@@ -14,9 +14,21 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torchvision.models import resnet18
 from torchvision.ops import StochasticDepth
+from torchvision.transforms import Normalize
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+DECODER = dict(decoder_embed_dim=512, decoder_depth=8, decoder_num_heads=16)
+SIZES = {  # arguments of Autoencoder; base, large and huge are MAE's
+    "tiny": dict(image_size=32, patch_size=8, embed_dim=64, depth=4, num_heads=4,  # the digits
+                 decoder_embed_dim=64, decoder_depth=2, decoder_num_heads=4),
+    "small": dict(image_size=32, patch_size=4, embed_dim=192, depth=7, num_heads=6,  # 32x32 color
+                  decoder_embed_dim=128, decoder_depth=4, decoder_num_heads=4),
+    "base": dict(image_size=224, patch_size=16, embed_dim=768, depth=12, num_heads=12, **DECODER),
+    "large": dict(image_size=224, patch_size=16, embed_dim=1024, depth=24, num_heads=16, **DECODER),
+    "huge": dict(image_size=224, patch_size=14, embed_dim=1280, depth=32, num_heads=16, **DECODER),
+}
 
 
 class UserError(ValueError, ArgumentTypeError):
@@ -209,8 +221,13 @@ class Autoencoder(ViT):
         _, mean, std = self.target(reference)
         return unpatchify(prediction * std + mean, self.patch_size) * self.std + self.mean
 
-    def forward(self, images, noisy):
-        """NIM's loss: mean squared error over all patches between prediction and clean target."""
+    def forward(self, images, noisy=None, **masking):
+        """NIM's loss: mean squared error over all patches between prediction and clean target.
+
+        Without noisy images, MIM's: the keywords are those of `mim`.
+        """
+        if noisy is None:
+            return self.mim(images, **masking)[0]
         return (self.denoise(noisy) - self.target(images)[0]).square().mean()
 
     def reconstruct(self, noisy, reference):
@@ -257,6 +274,14 @@ class Classifier(ViT):
 
     def forward(self, images):
         return self.head(self.fc_norm(self.encode(self.tokens(images))[:, 1:].mean(dim=1)))
+
+
+def make_classifier(kind="vit", **config):
+    """The ViT, or torchvision's resnet18 with the normalization inside ([0, 1] images to logits)."""
+    if kind == "vit":
+        return Classifier(**config)
+    return nn.Sequential(Normalize(config["mean"], config["std"]),
+                         resnet18(num_classes=config["num_classes"]))
 
 
 def check_images(images):

@@ -10,13 +10,19 @@ held-out images. Next: finetune.py.
 """
 
 import argparse
+import contextlib
+import math
+import time
+from pathlib import Path
 
 import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.flop_counter import FlopCounterMode
 
 import common
 import data
-from common import SIZES, Progress
-from model import Autoencoder, NoiseScale, add_noise
+from model import SIZES, Autoencoder, NoiseScale, UserError, add_noise
 
 IMAGENET = dict(epochs=800, batch_size=4096, base_lr=1.5e-4, warmup_epochs=40)
 RECIPES = {  # the paper's from base on; tiny was chosen on the validation images of the digits
@@ -24,6 +30,131 @@ RECIPES = {  # the paper's from base on; tiny was chosen on the validation image
     "small": dict(epochs=200, batch_size=512, base_lr=1e-3, warmup_epochs=10),
     "base": IMAGENET, "large": IMAGENET, "huge": IMAGENET,
 }
+
+
+def training_flags(add, recipes):
+    """The flags of both training stages; what is not given is taken from the size's recipe."""
+    def text(name):
+        return "default " + ", ".join(f"{recipes[key][name]:g} ({key})" for key in recipes)
+    add("--epochs", type=common.count, help=text("epochs"))
+    add("--batch-size", type=common.count, help=text("batch_size"))
+    add("--base-lr", type=common.number(float, 1e-12), help="lr = this x batch/256; " + text("base_lr"))
+    add("--warmup-epochs", type=common.number(float), help=text("warmup_epochs"))
+    add("--weight-decay", type=common.number(float), default=0.05, help="default 0.05")
+    add("--init", metavar="FILE", help="start from published weights: MAE's, NIM-AdvDef's, timm's "
+        "ViT (average pooling), or a checkpoint.pt")
+    add("--dry-run", action="store_true", help="print what the flags come to, and stop")
+    add("--resume", action="store_true", help="go on where an interrupted run last saved")
+    add("--overwrite", action="store_true", help="train anew over an earlier run of this name")
+
+
+def parameter_groups(model, weight_decay, layer_decay=1.0):
+    """AdamW groups: no weight decay on 1-D parameters, nor on what model.no_weight_decay names.
+
+    layer_decay: the lr of block i is scaled by layer_decay^(depth - i), that of the tokens
+    (patches, positions, class) by layer_decay^(depth + 1), that of the head by 1 (as in MAE).
+    """
+    depth, groups = len(getattr(model, "blocks", ())), {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            layer = int(name.split(".")[1]) + 1 if name.startswith("blocks.") else 0 if (
+                name.startswith(("cls_token", "pos_embed", "patch_embed"))) else depth + 1
+            decays = parameter.dim() > 1 and name not in getattr(model, "no_weight_decay", ())
+            group = groups.setdefault((layer, decays), dict(
+                params=[], weight_decay=weight_decay if decays else 0.0,
+                lr_scale=layer_decay ** (depth + 1 - layer)))
+            group["params"].append(parameter)
+    return list(groups.values())
+
+
+def learning_rate(step, steps, warmup_steps, peak, final):
+    """Linear warm-up from 0, then half a cosine from peak to final; one value per iteration."""
+    if step < warmup_steps:
+        return peak * step / warmup_steps
+    progress = (step - warmup_steps) / max(1, steps - warmup_steps)
+    return final + (peak - final) * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def plan(args, images):
+    """The batch as it is used, its micro-batches per process, and the steps of an epoch.
+
+    --batch-size counts the images of all processes in one optimizer step.
+    """
+    share = min(args.batch_size, images) // common.world()
+    if not share:
+        raise UserError(f"{images} images in batches of {args.batch_size} do not fill {common.world()} "
+                        "processes")
+    parts = next(k for k in range(1, share + 1) if share % k == 0 and share // k <= args.max_batch)
+    batch = share * common.world()
+    return batch, parts, images // batch
+
+
+def dry_run(args, model, train_one, images, batch, parts, steps):
+    """Print what the flags come to; train_one: the loss of one image."""
+    with FlopCounterMode(display=False) as counter:
+        train_one().backward()
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    print(f"images          {images}\nparameters      {parameters / 1e6:.2f} million\n"
+          f"GFLOPs/image    {counter.get_total_flops() / 1e9:.3f} (one training step, 2 per "
+          f"multiply-add)\nbatch           {batch} = {common.world()} process(es) x {parts} "
+          f"micro-batch(es) of {batch // parts // common.world()}\n"
+          f"learning rate   {args.base_lr * batch / 256:.3g} at its peak\n"
+          f"epochs          {args.epochs}, {args.warmup_epochs:g} of them warm-up\n"
+          f"steps           {args.epochs * steps}, {steps} in an epoch")
+
+
+def distribute(model):
+    """DistributedDataParallel around the model, where there are several processes."""
+    return DistributedDataParallel(model) if dist.is_initialized() else model
+
+
+def sharing(model, last):
+    """Context of one micro-batch: gradients are averaged over processes in the last one only."""
+    return model.no_sync() if dist.is_initialized() and not last else contextlib.nullcontext()
+
+
+def backward(loss, parts, step):
+    """Gradients of one of the micro-batches of a step; a loss that is not finite stops the run."""
+    if not loss.isfinite():
+        raise UserError(f"the loss is {loss.item()} at step {step}; what was saved before is kept: "
+                        "try a lower --base-lr")
+    (loss / parts).backward()
+
+
+def update(optimizer, lr):
+    """One optimizer step at this learning rate."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr * group["lr_scale"]
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+class Progress:
+    """Prints loss, accuracy, speed and time left, at most every five seconds and at the end."""
+
+    def __init__(self, first_epoch, epochs):
+        self.first, self.epochs = first_epoch, epochs
+        self.start = self.printed = time.time()
+        self.images, self.window = 0, [0.0, 0, 0]  # loss, hits, images: since the last line,
+        self.epoch = [0.0, 0, 0]                   # and of this process in this epoch
+
+    def add(self, loss, images, hits=math.nan):
+        """A batch: its mean loss, its size, and how many it got right."""
+        self.epoch = [a + b for a, b in zip(self.epoch, (loss * images, hits, images))]
+
+    def epoch_done(self, epoch, lr):
+        sums, now = common.total(*self.epoch), time.time()
+        self.window, self.epoch = [a + b for a, b in zip(self.window, sums)], [0.0, 0, 0]
+        self.images += sums[2]
+        if now - self.printed < 5 and epoch < self.epochs:
+            return
+        loss, hits, images = self.window
+        left = (now - self.start) / (epoch - self.first) * (self.epochs - epoch)
+        accuracy = "" if math.isnan(hits) else f"accuracy {100 * hits / images:5.1f}%  "
+        print(f"epoch {epoch:4d}/{self.epochs}  loss {loss / images:7.4f}  {accuracy}lr {lr:.1e}  "
+              f"{self.images / (now - self.start):6.0f} images/s  "
+              f"{left // 60:.0f}:{left % 60:02.0f} left", flush=True)
+        self.printed, self.window = now, [0.0, 0, 0]
 
 
 def arguments():
@@ -38,7 +169,7 @@ def arguments():
     add("--all-patches", action="store_true", help="MIM's loss over all patches, not masked ones")
     add("--norm-pix", action=argparse.BooleanOptionalAction,
         help="normalize each target patch; default: only at patches of 14 pixels and more")
-    common.training_flags(add, RECIPES)
+    training_flags(add, RECIPES)
     args = common.fill_in(result.parse_args(), RECIPES)
     args.image_size = args.image_size or SIZES[args.size]["image_size"]
     args.patch_size = args.patch_size or SIZES[args.size]["patch_size"]
@@ -56,21 +187,24 @@ def run_folder(args):
         args.image_size != usual["image_size"] and f"image{args.image_size}",
         args.patch_size != usual["patch_size"] and f"patch{args.patch_size}",
         args.norm_pix != (args.patch_size >= 14) and ("normpix" if args.norm_pix else "plainpix"),
-        args.task == "mim" and args.all_patches and "allpatches")
+        args.task == "mim" and args.all_patches and "allpatches",
+        args.init and f"init-{Path(args.init).stem}")
 
 
 def main():
     args = arguments()
-    device = common.pick_device(args.device)
+    device = common.start(args)
     path = run_folder(args) / "checkpoint.pt"
-    settings = {name: str(value) for name, value in vars(args).items() if name not in
-                ("device", "runs", "workers", "resume", "overwrite")}
+    settings = {name: str(value) for name, value in vars(args).items() if name not in common.NO_SETTINGS}
 
     # the data
     train = data.load_dataset(args.data, "train", args.image_size,
                               data.pretrain_transform(args.image_size))
-    batches = data.loader(train, args.batch_size, shuffle=True, workers=args.workers, device=device)
-    heldout = data.subset(data.load_dataset(args.data, "val", args.image_size), 1000)
+    batch, parts, steps = plan(args, len(train))  # an epoch has `steps` optimizer steps
+    order = data.TrainingOrder(len(train), batch, parts, args.seed, common.rank(), common.world())
+    batches = data.loader(train, order, args.workers, device)
+    heldout = data.subset(data.load_dataset(args.data, "val", args.image_size), 1000,
+                          common.rank(), common.world())
 
     # the model, new or as an earlier run left it
     torch.manual_seed(args.seed)
@@ -78,25 +212,41 @@ def main():
                   norm_pix=args.norm_pix, mean=data.default(args, "mean"),
                   std=data.default(args, "std"))
     autoencoder = Autoencoder(**config).to(device)
-    optimizer = torch.optim.AdamW(common.parameter_groups(autoencoder, args.weight_decay),
-                                  betas=(0.9, 0.95))
+    if args.init:
+        common.initialize_from_file(autoencoder, args.init)
+    autoencoder.mask_token.requires_grad_(args.task == "mim")  # NIM does not use it
+    optimizer = torch.optim.AdamW(parameter_groups(autoencoder, args.weight_decay),
+                                  betas=(0.9, 0.95), fused=device.type == "cuda")
+    if args.dry_run:
+        one = torch.zeros(1, 3, args.image_size, args.image_size, device=device)
+        masking = dict(mask_ratio=args.mask_ratio) if args.task == "mim" else dict(noisy=one)
+        return dry_run(args, autoencoder, lambda: autoencoder(one, **masking), len(train), batch,
+                       parts, steps)
     first_epoch = common.open_run(path, "autoencoder", settings, args, autoencoder, optimizer)
+    common.compile_models(args, device, autoencoder)
 
     # training
-    peak = args.base_lr * min(args.batch_size, len(train)) / 256
-    progress = Progress(first_epoch, args.epochs)
+    nim, peak = args.task == "nim", args.base_lr * batch / 256
+    model, progress = distribute(autoencoder), Progress(first_epoch, args.epochs)
     for epoch in range(first_epoch, args.epochs):
         common.seed_epoch(args.seed, epoch)
-        for step, (images, _) in enumerate(batches, start=epoch * len(batches)):
+        order.epoch = epoch
+        for micro, (images, _) in enumerate(batches, start=epoch * steps * parts):
+            step, last = micro // parts, (micro + 1) % parts == 0
             images = images.to(device, non_blocking=True)
-            if args.task == "nim":
-                loss = autoencoder(images, add_noise(images, args.sigma.draw(len(images), device)))
-            else:
-                loss, _, _ = autoencoder.mim(images, args.mask_ratio, all_patches=args.all_patches)
-            lr = common.learning_rate(step, args.epochs * len(batches),
-                                      args.warmup_epochs * len(batches), peak, final=0.0)
-            common.update(loss, optimizer, lr, step)
+            with sharing(model, last):
+                with common.autocast(args, device, default=True):
+                    if nim:
+                        noisy = add_noise(images, args.sigma.draw(len(images), device))
+                        loss = model(images, noisy)
+                    else:
+                        loss = model(images, mask_ratio=args.mask_ratio, all_patches=args.all_patches)
+                backward(loss, parts, step)
             progress.add(loss.item(), len(images))
+            if last:
+                lr = learning_rate(step, args.epochs * steps, args.warmup_epochs * steps, peak,
+                                          final=0.0)
+                update(optimizer, lr)
         common.save_checkpoint(path, {
             "kind": "autoencoder", "config": config, "task": args.task, "settings": settings,
             "model": autoencoder.state_dict(), "optimizer": optimizer.state_dict(),
@@ -105,21 +255,21 @@ def main():
 
     # how well it works: PSNR on held-out images, of what goes in and of what comes out
     autoencoder.eval()
-    nim = args.task == "nim"
     print("\nsigma  noisy dB  denoised dB" if nim else "\nmask ratio  reconstructed dB")
     for level in (25, 50, 75, 100, 150) if nim else (0.25, 0.5, 0.75):
         common.seed_epoch(args.seed, args.epochs)
-        before, after = [], []
+        before = after = 0
         for images, _ in data.loader(heldout, 250, workers=args.workers):
             images = images.to(device)
             with torch.no_grad():
                 noisy = add_noise(images, level if nim else 0)
                 restored = (autoencoder.reconstruct(noisy, images) if nim else
                             autoencoder.to_images(autoencoder.mim(images, level)[1], images))
-            before.append(common.psnr(noisy, images))
-            after.append(common.psnr(restored.clamp(0, 1), images))
-        first = f"{level:5g}  {torch.cat(before).mean():8.2f}" if nim else f"{level:10g}"
-        print(f"{first}  {torch.cat(after).mean():{11 if nim else 16}.2f}")
+            before += common.psnr(noisy, images).sum().item()
+            after += common.psnr(restored.clamp(0, 1), images).sum().item()
+        count, before, after = common.total(len(heldout), before, after)
+        first = f"{level:5g}  {before / count:8.2f}" if nim else f"{level:10g}"
+        print(f"{first}  {after / count:{11 if nim else 16}.2f}")
     print(f"\nwrote {path}")
 
 

@@ -12,12 +12,15 @@
     TestData         the digits, augmentation, loader, subset
     TestStages       pretrain, finetune, defend, attack on the digits
     TestFolder       the same and the variants on a small folder of images
+    TestPublished    --init, and the later stages, on weights from elsewhere
+    TestProcesses    torchrun: the same weights, each image once, no hang
     TestResume       killed runs end with the same weights; finished runs are kept
     TestBadInput     one sentence and exit code 2
 
 One class or test: python test_all.py TestPgd, python test_all.py TestPgd.test_fgsm
 """
 
+import argparse
 import contextlib
 import csv
 import functools
@@ -50,8 +53,10 @@ import attack
 import common
 import data
 import finetune
+import pretrain
 from attack import pgd
-from finetune import resize_pos_embed, start_from_autoencoder
+from common import resize_pos_embed
+from finetune import start_from_autoencoder
 from model import (Autoencoder, Classifier, De3, NoiseScale, UserError, add_noise, patchify,
                    sincos_pos_embed, unpatchify)
 
@@ -672,9 +677,37 @@ class TestPgd(unittest.TestCase):
         self.assertGreater(broken[16], 0.8)
 
     def test_gradient_is_a_mean(self):
-        one, three = (attack.input_gradient(self.model, self.images, self.labels, None, "ce", eot)
+        one, three = (attack.input_gradient(self.model, self.images, self.labels, None, "ce", eot)[0]
                       for eot in (1, 3))
         assert_near(one, three)
+
+    def test_draws_together(self):
+        """EOT draws in one batch: as many as max_batch allows, with the same mean gradient."""
+        sizes = []
+        hook = self.model.register_forward_pre_hook(lambda module, x: sizes.append(len(x[0])))
+        one, _ = attack.input_gradient(self.model, self.images, self.labels, None, "ce", 1)
+        for max_batch, expected in [(None, [6] * 5), (6, [6] * 5), (17, [12, 12, 6]), (30, [30]),
+                                    (1000, [30]), (2, [6] * 5)]:
+            sizes.clear()
+            many, errors = attack.input_gradient(self.model, self.images, self.labels, None, "ce", 5,
+                                                 max_batch)
+            self.assertEqual(sizes, expected)
+            assert_near(many, one)
+            assert_near(errors, (self.model(self.images).argmax(1) != self.labels).float())
+        hook.remove()
+
+    def test_early_stop(self):
+        """Images that already err stay as they are; no image that would be fooled is lost."""
+        images = random_images(40, 3, 16, 16, seed=2)
+        labels = self.model(images).argmax(1)
+        labels[:3] = (labels[:3] + 1) % 10  # err from the start
+        robust = {}
+        for early_stop in (False, True):
+            x = pgd(self.model, images, labels, 0.02, 10, random_start=False, early_stop=early_stop)
+            robust[early_stop] = self.model(x).argmax(1) == labels
+        self.assertTrue(torch.equal(x[:3], images[:3]))
+        self.assertTrue(0 < robust[False].sum() < 37)
+        self.assertTrue((robust[True] <= robust[False]).all())
 
     def test_draws_are_fresh(self):
         """Each step and each of its eot draws is a new call of the model, and of its noise."""
@@ -809,7 +842,7 @@ class RunsCode:
 
 class TestCommon(unittest.TestCase):
     def test_learning_rate(self):
-        rates = [common.learning_rate(step, 100, 20, 2.0, 0.5) for step in range(101)]
+        rates = [pretrain.learning_rate(step, 100, 20, 2.0, 0.5) for step in range(101)]
         self.assertEqual(rates[0], 0)
         self.assertAlmostEqual(rates[10], 1)
         self.assertAlmostEqual(rates[20], 2)
@@ -817,11 +850,11 @@ class TestCommon(unittest.TestCase):
         self.assertAlmostEqual(rates[40], 0.5 + 1.5 * (1 + math.cos(math.pi / 4)) / 2)
         self.assertAlmostEqual(rates[100], 0.5)
         self.assertEqual(max(rates), rates[20])
-        self.assertEqual(common.learning_rate(0, 100, 0, 2.0, 0.5), 2.0)  # no warm-up
+        self.assertEqual(pretrain.learning_rate(0, 100, 0, 2.0, 0.5), 2.0)  # no warm-up
 
     def test_parameter_groups(self):
         classifier, found = small_classifier(), {}
-        groups = common.parameter_groups(classifier, 0.05, layer_decay=0.5)
+        groups = pretrain.parameter_groups(classifier, 0.05, layer_decay=0.5)
         names = {id(parameter): name for name, parameter in classifier.named_parameters()}
         for group in groups:
             for parameter in group["params"]:
@@ -835,7 +868,7 @@ class TestCommon(unittest.TestCase):
                 "blocks.1.norm1.weight": (0, 0.5), "fc_norm.weight": (0, 1),
                 "head.weight": (0.05, 1), "head.bias": (0, 1)}.items():
             self.assertEqual(found[name], expected, name)
-        pretraining = common.parameter_groups(small_autoencoder(), 0.05)
+        pretraining = pretrain.parameter_groups(small_autoencoder(), 0.05)
         self.assertEqual({group["lr_scale"] for group in pretraining}, {1})
         self.assertTrue(all(p.requires_grad for group in pretraining for p in group["params"]))
 
@@ -843,12 +876,14 @@ class TestCommon(unittest.TestCase):
         layers = [nn.Parameter(torch.ones(())) for _ in range(2)]
         optimizer = torch.optim.SGD([dict(params=[layers[0]], lr_scale=1.0),
                                      dict(params=[layers[1]], lr_scale=0.25)])
-        for _ in range(2):  # gradients do not add up
-            common.update(3 * (layers[0] + layers[1]), optimizer, lr=0.1, step=0)
+        for _ in range(2):  # gradients add up over micro-batches, not over steps
+            for _ in range(3):
+                pretrain.backward(3 * (layers[0] + layers[1]), parts=3, step=0)
+            pretrain.update(optimizer, lr=0.1)
         assert_near(torch.stack(layers).detach(), torch.tensor([1 - 0.6, 1 - 0.15]))
         for bad in (math.nan, math.inf):
             with self.assertRaisesRegex(UserError, "step 7"):
-                common.update(layers[0] * bad, optimizer, 0.1, step=7)
+                pretrain.backward(layers[0] * bad, 1, step=7)
         assert_near(layers[0].detach(), torch.tensor(0.4))
 
     def test_psnr(self):
@@ -930,18 +965,29 @@ class TestData(unittest.TestCase):
         dataset = TensorDataset(torch.arange(12.), torch.arange(12))
         in_order = [labels.tolist() for _, labels in data.loader(dataset, 5)]
         self.assertEqual(in_order, [[0, 1, 2, 3, 4], [5, 6, 7, 8, 9], [10, 11]])
-        shuffled = data.loader(dataset, 4, shuffle=True)
-        orders = []
-        for _ in range(2):
+        order, orders = data.TrainingOrder(12, 4, 1, seed=0), []
+        for order.epoch in (0, 1, 0):
             orders.append([])
-            for images, labels in shuffled:
+            for images, labels in data.loader(dataset, order):
                 self.assertEqual(images.tolist(), labels.tolist())
                 orders[-1] += labels.tolist()
             self.assertEqual(sorted(orders[-1]), list(range(12)))
         self.assertNotEqual(orders[0], orders[1])
+        self.assertEqual(orders[0], orders[2])
         self.assertNotEqual(orders[0], list(range(12)))
-        self.assertEqual(len(data.loader(dataset, 5, shuffle=True)), 2)  # drops the partial batch
-        self.assertEqual(len(data.loader(dataset, 100, shuffle=True)), 1)
+
+    def test_training_order(self):
+        """Processes and micro-batches divide the batches of one process, without gap or overlap."""
+        whole = [set(batch) for batch in data.TrainingOrder(50, 12, 1, seed=3)]
+        self.assertEqual([len(batch) for batch in whole], [12] * 4)  # the partial one is dropped
+        for parts, world in ((1, 2), (3, 1), (2, 3), (4, 3)):
+            shares = [list(data.TrainingOrder(50, 12, parts, 3, rank, world)) for rank in range(world)]
+            for step, batch in enumerate(whole):
+                micro = [share[step * parts + part] for share in shares for part in range(parts)]
+                self.assertEqual({len(indices) for indices in micro}, {12 // parts // world})
+                self.assertEqual(set().union(*micro), batch)
+            order = data.TrainingOrder(50, 12, parts, 3, 0, world)
+            self.assertEqual(len(order), len(list(order)))
 
     def test_subset(self):
         dataset = TensorDataset(torch.arange(100))
@@ -949,6 +995,8 @@ class TestData(unittest.TestCase):
         for count in (100, 1000):
             self.assertEqual([item[0].item() for item in data.subset(dataset, count)],
                              list(range(100)))
+        shares = [[item[0].item() for item in data.subset(dataset, 7, rank, 3)] for rank in range(3)]
+        self.assertEqual(sorted(sum(shares, [])), [i * 100 // 7 for i in range(7)])
 
 
 # --------------------------------------------------------------------------------------- stages
@@ -1296,6 +1344,157 @@ class TestFolder(unittest.TestCase):
         self.assertRegex(finished(result).out, "off.*\n.*sigma 50")
 
 
+# --------------------------------------------------------- published weights, several processes
+
+class TestPublished(unittest.TestCase):
+    """--init, and the later stages, on files as others publish them."""
+    TINY = dict(image_size=32, patch_size=8, embed_dim=64, depth=4, num_heads=4)
+
+    def setUp(self):
+        self.folder = new_folder()
+        self.autoencoder = small_autoencoder(1, **self.TINY, decoder_embed_dim=64, decoder_depth=2,
+                                             decoder_num_heads=4)
+        self.classifier = small_classifier(2, **self.TINY, num_classes=3)
+
+    def save(self, content, name="weights.pth"):
+        torch.save(content, self.folder / name)
+        return self.folder / name
+
+    def test_mae_release(self):
+        """{"model": ...}, with or without decoder, with a Namespace beside it."""
+        state = self.autoencoder.state_dict()
+        encoder = {name: value for name, value in state.items()
+                   if "decoder" not in name and name != "mask_token"}
+        whole = self.save({"model": state, "args": argparse.Namespace(lr=1e-3), "epoch": 800})
+        for path, left in ((whole, "nothing"), (self.save({"model": encoder}, "e.pth"), "decoder_b")):
+            result = finished(run("pretrain", "--init", path, *training(base_lr=1e-9),
+                                  *photo_flags(new_folder())))
+            self.assertRegex(result.out, rf"left at the initial value: {left}")
+            self.assertIn("loaded: blocks.*.attn.proj.bias", result.out)
+            self.assertIn(f"init-{path.stem}", str(result.wrote()[0]))
+            trained = torch.load(result.wrote()[0])["model"]
+            for name, value in encoder.items():
+                assert_near(trained[name], value, atol=1e-4)
+        result = finished(run("finetune", "--clean", "--init", whole, *training(base_lr=1e-9),
+                              *photo_flags(new_folder())))
+        self.assertRegex(result.out, "left at the initial value: fc_norm.*head")
+        self.assertRegex(result.out, "ignored: decoder_blocks.*norm.weight")
+        trained = torch.load(result.wrote()[0])["model"]
+        assert_near(trained["blocks.3.mlp.fc2.weight"], state["blocks.3.mlp.fc2.weight"], atol=1e-4)
+
+    def test_later_stages(self):
+        """NIM-AdvDef: {"model": autoencoder} and {"classifier": ...}; timm: the state dict itself."""
+        autoencoder = self.save({"model": self.autoencoder.state_dict()}, "ae.pth")
+        state, runs = self.classifier.state_dict(), new_folder()
+        for content in ({"classifier": state}, {"model": state}, state):
+            flags = ("--classifier", self.save(content), "--images", 6, *photo_flags(runs))
+            result = finished(run("attack", *flags, "--autoencoder", autoencoder, "--sigma", "off", 20,
+                                  "--attack", "pgd", "--eps", 0, "--steps", 1))
+            self.assertRegex(result.out, r"weights.pth +off .*\n.*weights.pth +20 ")
+        finished(run("defend", *flags))
+        images, labels = data.load_dataset(PHOTOS, "val", 32), []
+        defense = De3(self.autoencoder, self.classifier, 20)
+        found = torch.stack([images[i][0] for i in range(0, 24, 4)])
+        loaded, _ = common.load_finished(self.folder / "weights.pth", "classifier", "", "cpu",
+                                         argparse.Namespace(size="tiny", data="x", autoencoder=None))
+        assert_near(loaded(found), self.classifier(found))
+        result = finished(run("finetune", "--de3", "--autoencoder", autoencoder, *training(),
+                              *photo_flags(runs)))
+        finished(run("defend", "--classifier", result.wrote()[0].parent, "--autoencoder", autoencoder,
+                     "--images", 6, *photo_flags(runs), "--steps", 1))
+
+    def test_other_image_size(self):
+        path = self.save({"model": self.autoencoder.state_dict()})
+        result = finished(run("pretrain", "--init", path, "--image-size", 48, *training(base_lr=1e-9),
+                              *photo_flags(new_folder())))
+        assert_near(torch.load(result.wrote()[0])["model"]["pos_embed"],
+                    resize_pos_embed(self.autoencoder.pos_embed, 37))
+
+    def test_refuses(self):
+        state, trace = self.classifier.state_dict(), self.folder / "trace"
+        class_token = {name.replace("fc_norm", "norm"): value for name, value in state.items()}
+        half = self.save(state, "half.pth")
+        half.write_bytes(half.read_bytes()[:3000])
+        flags, refused = (*training(), *photo_flags(new_folder())), TestBadInput.assert_refused
+        for stage, path, words in [
+                ("pretrain", self.folder / "none.pth", "none.pth"), ("pretrain", half, "half.pth"),
+                ("pretrain", self.save({"model": {"w": torch.zeros(1)}}, "w.pth"), "no ViT"),
+                ("pretrain", self.save(RunsCode(trace), "code.pth"), "run code"),
+                ("pretrain", self.save({"model": small_autoencoder(depth=4).state_dict()}, "s.pth"),
+                 ("[1, 1, 16]", "[1, 1, 64]")),
+                ("pretrain", self.save({"model": small_autoencoder(**{**self.TINY, "depth": 3}
+                                                                   ).state_dict()}, "d.pth"), "blocks.3"),
+                ("finetune", self.save(class_token, "class.pth"), "class token"),
+                ("finetune", self.save(small_classifier(**self.TINY).state_dict(), "ten.pth"),
+                 ("[10, 64]", "[3, 64]"))]:
+            with self.subTest(path):
+                extra = ("--clean",) if stage == "finetune" else ()
+                refused(TestBadInput(), run(stage, "--init", path, *extra, *flags), words)
+        self.assertFalse(trace.exists())
+        result = run("defend", "--classifier", self.save(state), "--sigma", 20, "--autoencoder",
+                     self.save({"model": state}, "noae.pth"), *photo_flags(new_folder()))
+        refused(TestBadInput(), result, "lacks decoder")
+
+    def test_ours_under_others_names(self):
+        """Plain tensors under the published names, which any loader of MAE's layout reads."""
+        state = torch.load(photo_autoencoder() / "checkpoint.pt")["model"]
+        self.assertEqual(list(state), list(self.autoencoder.state_dict()))
+        self.assertTrue(all(type(value) is torch.Tensor for value in state.values()))
+
+
+def torchrun(script, *arguments, processes=2):
+    """A stage under torchrun, on the CPU: its Result."""
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}",
+         REPOSITORY / f"{script}.py", *map(str, arguments), "--device", "cpu"], text=True,
+        capture_output=True, cwd=REPOSITORY, timeout=120, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    return Result(done.returncode, done.stdout, done.stderr)
+
+
+class TestProcesses(unittest.TestCase):
+    def test_training(self):
+        """Without noise two processes, and micro-batches, have the gradient that one has.
+
+        After one step AdamW's first moment is 0.1 times the gradient.
+        """
+        gradients = []
+        for start, more in ((run, ()), (run, ("--max-batch", 500)), (torchrun, ("--max-batch", 300))):
+            path, = finished(start("pretrain", "--sigma", 0, *training(1, 1196), *more, "--runs",
+                                   new_folder())).wrote()
+            state = torch.load(path)["optimizer"]["state"].values()
+            gradients.append(torch.cat([moments["exp_avg"].flatten() for moments in state]))
+        self.assertGreater(gradients[0].abs().max(), 1e-3)
+        for other in gradients[1:]:
+            assert_near(other, gradients[0], atol=1e-7, rtol=1e-4)
+
+    def test_resume_and_attack(self):
+        """A run that was killed goes on with two processes; attack.py counts each image once."""
+        runs = new_folder()
+        path = TestResume.kill(self, "pretrain", (*training(10), *photo_flags(runs)), runs)
+        result = finished(torchrun("pretrain", *training(10), *photo_flags(runs), "--resume"))
+        self.assertEqual((result.out.count("going on"), torch.load(path)["epoch"]), (1, 10))
+        path, = finished(run("finetune", "--clean", *training(3), *photo_flags(runs))).wrote()
+        flags = ("--classifier", path.parent, "--images", 19, "--attack", "fgsm", "--batch-size", 4,
+                 "--eps", "8/255", *photo_flags(runs))
+        for start in (run, torchrun):
+            result = finished(start("attack", *flags))
+        self.assertEqual(result.out.count("8/255"), 1)  # one process prints
+        one, two = read_csv(runs / "photos/attack.csv")
+        self.assertEqual({**one, "seconds": 0}, {**two, "seconds": 0})
+        self.assertEqual(one["images"], "19")
+
+    def test_a_process_dies(self):
+        """torchrun ends the others; nothing hangs."""
+        photos = new_folder() / "photos"
+        shutil.copytree(PHOTOS, photos)
+        (photos / "train/red/0.png").write_bytes(b"no image")  # in one process's share
+        start = time.time()
+        result = torchrun("pretrain", *training(100, 24), *photo_flags(new_folder(), photos))
+        self.assertNotEqual(result.code, 0)
+        self.assertIn("red/0.png", result.err)
+        self.assertLess(time.time() - start, 90)
+
+
 # --------------------------------------------------------------------------- interrupted, refused
 
 class TestResume(unittest.TestCase):
@@ -1387,7 +1586,7 @@ class TestBadInput(unittest.TestCase):
                       ["--base-lr", "nan"], ["--base-lr", "-1"], ["--task", "dae"],
                       ["--size", "giant"], ["--image-size", "0"], ["--flag-that-is-not"],
                       ["--resume", "--overwrite"], ["--image-size", "30"], ["--patch-size", "5"],
-                      ["--task", "mim", "--mask-ratio", "0.99"]):
+                      ["--max-batch", "0"], ["--task", "mim", "--mask-ratio", "0.99"]):
             self.refused("pretrain", "--runs", new_folder(), *flags)
         for flags in (["--adversarial", "-1/255"], ["--adversarial", "8/0"], ["--de3", "--clean"],
                       ["--drop-path", "1"], ["--layer-decay", "0"]):
