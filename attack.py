@@ -4,6 +4,7 @@
     python attack.py --classifier RUN ... --eps 4/255 --sigma off 0 50
     python attack.py --steps 100 --eot 16 --restarts 3 --loss ce margin       a stronger attack
     python attack.py --threat gray                   gradients of the classifier only
+    python attack.py --audit                         is the attack strong enough to be believed?
 
 Every attack is white-box through the whole defense unless --threat gray. A random defense must be
 attacked with EOT (pgd+eot): the gradient is averaged over --eot draws; plain pgd and fgsm see one
@@ -13,6 +14,7 @@ of the defense (the mean over draws: one shot). Appends its rows to RUNS/<data>/
 
 import csv
 import importlib.util
+import sys
 import time
 from statistics import NormalDist
 
@@ -222,6 +224,78 @@ def plot(path, rows, title):
     print(f"wrote {path}")
 
 
+def audit(defense, images, labels, eps, steps, eot, draws, max_batch):
+    """Checks of a De3 and of the attack on it: a list of (what must hold, figures, holds).
+
+    After Athalye et al. 2018 and Carlini et al. 2019. Accuracies are compared image by image; a
+    difference counts beyond 3 standard errors.
+    """
+    def attacked(model=defense, **changes):
+        settings = {**dict(eps=eps, steps=steps, eot=eot, max_batch=max_batch), **changes}
+        adversarial.append(pgd(model, images, labels, **settings))
+        check_adversarial(adversarial[-1], images, settings["eps"], "linf")
+        return accuracy(defense, adversarial[-1], labels, draws)
+
+    def above(a, b):
+        difference = a - b
+        return bool(difference.mean() > 3 * difference.std() / len(difference) ** 0.5)
+
+    def text(*accuracies):
+        return ", ".join(f"{100 * a.mean():.1f}" for a in accuracies)
+
+    adversarial, checks = [], []
+    clean = accuracy(defense, images, labels, draws)
+    with torch.enable_grad():  # a defense must not notice that it is being differentiated
+        x = images.clone().requires_grad_()
+        watched = torch.stack([(defense(x).argmax(1) == labels).double() for _ in range(draws)]).mean(0)
+        gradient, = torch.autograd.grad(objective(defense(x), labels, None, "ce").sum(), x,
+                                        allow_unused=True, materialize_grads=True)
+    checks.append(("accuracy is the same while gradients are taken", text(clean, watched),
+                   not above(clean, watched) and not above(watched, clean)))
+    dead = ((gradient == 0) | ~gradient.isfinite()).double().mean().item()
+    checks.append(("input gradients are neither zero nor non-finite", f"{100 * dead:.1f}% of them are",
+                   dead < 0.05))
+    zero = attacked(eps=0.0)
+    checks.append(("accuracy at eps 0 is clean accuracy", text(clean, zero),
+                   not above(clean, zero) and not above(zero, clean)))
+    shaken = (images + eps * torch.randn_like(images).sign()).clamp(0, 1)
+    noise = accuracy(defense, shaken, labels, draws)
+    checks.append(("random noise of this eps costs under 10 points", text(clean, noise),
+                   clean.mean() - noise.mean() < 0.1))
+    base = attacked()
+    strong = adversarial[-1]
+    for name, other in [
+            ("FGSM is no stronger than PGD", dict(steps=1, step_size=eps, random_start=False, eot=1)),
+            ("twice the steps change nothing", dict(steps=2 * steps)),
+            ("twice the restarts change nothing", dict(restarts=2)),
+            ("twice the EOT draws change nothing", dict(eot=2 * eot)),
+            ("the margin loss is no stronger", dict(loss="margin")),
+            ("gray-box is no stronger than white-box", dict(model=defense.classifier, eot=1))]:
+        result = attacked(**other)
+        checks.append((name, text(base, result), not above(base, result)))
+    defense.straight_through = False
+    plain = attacked()
+    defense.straight_through = True
+    checks.append(("the plain clamp's gradient is no stronger", text(base, plain),
+                   not above(base, plain)))
+    larger = [base] + [attacked(eps=factor * eps, eot=2) for factor in (2, 4, 8) if factor * eps <= 1]
+    checks.append(("robust accuracy falls with eps, to under 5%", text(*larger), larger[-1].mean() < 0.05
+                   and not any(above(b, a) for a, b in zip(larger, larger[1:]))))
+    shots, votes = {}, defense.votes
+    for defense.votes in (1, 10):  # a random defense is read one shot at a time, or in ten tries
+        for x in (images, strong):
+            with torch.no_grad():
+                hits = torch.stack([(defense(x).argmax(1) == labels).double() for _ in range(10)])
+            shots[len(shots)] = hits.mean(0), (f"{100 * hits.mean():.1f} ± {100 * hits.mean(1).std():.1f}"
+                                               f" / {100 * hits.amin(0).mean():.1f}")
+    defense.votes = votes
+    checks.append(("attacked: the vote of ten draws is no worse than one draw",
+                   text(shots[1][0], shots[3][0]), not above(shots[1][0], shots[3][0])))
+    for i, name in enumerate(("clean, 1 vote", "attacked, 1 vote", "clean, 10", "attacked, 10")):
+        checks.append((f"one shot ± spread / right in all of ten tries: {name}", shots[i][1], True))
+    return checks
+
+
 def arguments():
     result = common.parser(__doc__)
     add = result.add_argument
@@ -242,6 +316,8 @@ def arguments():
     add("--plain-clamp", action="store_true",
         help="gradients stop where De³ clamps; default: they go straight through")
     add("--draws", type=common.count, default=5, help="fresh draws that score a defense, default 5")
+    add("--audit", action="store_true", help="check the last defense chosen (default De³), and the "
+        "attack, at the largest eps; exit code 1 if anything is suspicious")
     return common.fill_in(result.parse_args())
 
 
@@ -251,6 +327,17 @@ def main():
     defenses, checkpoint = load_defenses(args, device, not args.plain_clamp)
     share, images_in_all, _ = load_test_images(args, checkpoint)
     batches = data.loader(share, min(args.batch_size, args.max_batch), args.workers)
+    if args.audit:
+        name, defense = defenses[-1]
+        images, labels = (torch.cat(values).to(device) for values in zip(*batches))
+        common.seed_epoch(args.seed, 0)
+        checks = audit(defense, images, labels, max(args.eps), args.steps, args.eot, args.draws,
+                       args.max_batch)
+        print(f"audit of {name}, sigma {defense.sigma}: {len(images)} images, eps "
+              f"{255 * max(args.eps):g}/255, {args.steps} steps, EOT {args.eot}; accuracy in %\n")
+        for check, figures, holds in checks:
+            print(f"{'holds     ' if holds else 'SUSPICIOUS'}  {check}: {figures}")
+        sys.exit(0 if all(holds for *_, holds in checks) else 1)
     table, rows = common.runs_folder(args) / "attack.csv", []
     title = (f"{images_in_all} {args.split} images, {args.norm}, {args.steps} steps, EOT {args.eot}, "
              f"{args.restarts} restart(s), loss {'+'.join(args.loss)}, {args.threat}-box, "

@@ -8,6 +8,8 @@
     TestDe3          the defense: gradients, straight-through clamp, votes, MIM, refusals
     TestPgd          the attack: known optima, invariants, EOT, restarts, refusals
     TestTable        what attack.py reports: ball check, Wilson interval, merged rows
+    TestAudit        catches a defense that hides its gradients, passes an honest one
+    TestCertificate  the beta quantile, and attacks inside the certified radius
     TestCommon       learning rate, parameter groups, checkpoints
     TestData         the digits, augmentation, loader, subset
     TestStages       pretrain, finetune, defend, attack on the digits
@@ -31,6 +33,7 @@ import os
 import pickle
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -52,6 +55,7 @@ from torchvision.models import resnet18
 import attack
 import common
 import data
+import defend
 import finetune
 import pretrain
 from attack import pgd
@@ -828,6 +832,97 @@ class TestTable(unittest.TestCase):
             self.assertEqual(path.read_text(), "a,b\n1,2\n")
 
 
+@functools.cache
+def linear_on_digits():
+    """A linear classifier fitted by least squares on the training digits; 100 test digits, labels."""
+    images, labels = data.load_dataset("digits", "train", 32).tensors
+    x = torch.cat([images.flatten(1), torch.ones(len(images), 1)], dim=1).double()
+    weights = torch.linalg.solve(x.T @ x + 10 * torch.eye(x.shape[1]), x.T @ F.one_hot(labels).double())
+    layer = nn.Linear(3072, 10)
+    layer.weight.data, layer.bias.data = 10 * weights[:-1].T.float(), 10 * weights[-1].float()
+    return nn.Sequential(nn.Flatten(), layer), data.subset(data.load_dataset("digits", "test", 32),
+                                                           100).tensors
+
+
+class TestAudit(unittest.TestCase):
+    def suspicious(self, kind):
+        model, (images, labels) = linear_on_digits()
+        checks = seeded(lambda: attack.audit(kind(None, model, 20), images[:60], labels[:60], 0.05, 10,
+                                             2, 5, 400))
+        return [name for name, figures, holds in checks if not holds]
+
+    def test_honest(self):
+        self.assertEqual(self.suspicious(De3), [])
+
+    def test_quantizes(self):
+        class Quantizes(De3):  # no gradient
+            def purify(self, images):
+                return (super().purify(images) * 4).round().clamp(0, 4) / 4
+        found = self.suspicious(Quantizes)
+        self.assertIn("input gradients are neither zero nor non-finite", found)
+        self.assertIn("gray-box is no stronger than white-box", found)
+
+    def test_noise_under_gradients(self):
+        class Hides(De3):  # drowns the gradient, and only the gradient
+            def purify(self, images):
+                return add_noise(images, 2000 if torch.is_grad_enabled() else 20)
+        self.assertIn("accuracy is the same while gradients are taken", self.suspicious(Hides))
+
+    def test_exit_code(self):
+        runs, *_ = digits_runs()
+        flags = ("--audit", "--runs", runs, "--images", 10, "--steps", 2, "--eot", 1)
+        for holds, code in ((True, 0), (False, 1)):
+            with mock.patch.object(attack, "audit", return_value=[("a check", "1.0", holds)]):
+                result = run("attack", *flags)
+            self.assertEqual((result.code, "SUSPICIOUS" in result.out), (code, not holds))
+        self.assertRegex(run("attack", *flags).out, "holds +random noise")
+
+
+class TestCertificate(unittest.TestCase):
+    def test_lower_bound(self):
+        """Quantiles of the beta distribution, as SciPy's beta.ppf gives them."""
+        for hits, draws, alpha, expected in [
+                (1000, 1000, 0.001, 0.9931160484), (990, 1000, 0.001, 0.9760361872),
+                (600, 1000, 0.001, 0.5510754739), (50, 100, 0.001, 0.3447980064),
+                (99500, 100000, 0.001, 0.9942718184), (0, 10, 0.001, 0.0),
+                (7, 7, 0.05, 0.05 ** (1 / 7))]:
+            self.assertAlmostEqual(defend.lower_bound(hits, draws, alpha), expected, delta=1e-7)
+
+    def test_certified_radius(self):
+        """L2 PGD with EOT inside the radius does not change the vote of 1,000 draws."""
+        model, (images, labels) = linear_on_digits()
+        defense, held, radii = De3(None, model, 60, straight_through=False), 0, []
+        torch.manual_seed(0)
+        for image, label in zip(images, labels):
+            predicted, hits, radius = defend.certify(defense, image, 100, 1000, 1000)
+            if predicted == label:
+                radii.append(radius)
+                x = pgd(defense, image[None], label[None], 0.99 * radius, 5, norm="l2", eot=10)
+                vote = defense(x.expand(1000, -1, -1, -1)).argmax(1).bincount().argmax()
+                held += (vote == label).item()
+        self.assertGreater(len(radii), 50)
+        self.assertTrue(0.05 < max(radii) <= 60 / 255 * 2.47)  # the largest from 1,000 draws
+        self.assertGreaterEqual(held, len(radii) - 2)  # 0.1 in 100 are expected to fail
+
+    def test_abstains_and_refuses(self):
+        model, (images, _) = linear_on_digits()
+        class Guesses(nn.Module):
+            def forward(self, x):
+                return torch.rand(len(x), 10)
+        self.assertIsNone(defend.certify(De3(None, Guesses(), 50), images[0], 10, 100, 100)[0])
+        autoencoder = small_autoencoder(norm_pix=True, image_size=32)
+        for defense in (De3(None, model, None), De3(None, model, 0), De3(None, model, 50, votes=2),
+                        De3(autoencoder, model, 50), De3(None, model, NoiseScale.parse("uniform:1,9")),
+                        De3(small_autoencoder(image_size=32), model, None, mask_ratio=0.5)):
+            self.assertRaises(UserError, defend.certify, defense, images[0], 10, 10, 10)
+
+    def test_stage(self):
+        runs, *_ = digits_runs()
+        result = finished(run("defend", "--certify", "--runs", runs, "--images", 5, "--n0", 5, "--n", 20))
+        self.assertRegex(result.out, r"L2 radius +certified accuracy %\n +0\.0 +[\d.]+\n")
+        self.assertEqual([row["draws"] for row in read_csv(runs / "digits/certify.csv")], ["20"] * 5)
+
+
 # ------------------------------------------------------------------------------- common and data
 
 class RunsCode:
@@ -1538,6 +1633,16 @@ class TestResume(unittest.TestCase):
 
     def test_finetune(self):
         self.check("finetune", photo_runs()[0], photo_runs()[0], "--de3", "--augment")
+
+    def test_interrupted(self):
+        """Ctrl-C: exit code 130, how to go on, and a checkpoint that --resume takes up."""
+        runs = new_folder()
+        running = process("pretrain", *training(200), *photo_flags(runs))
+        while not list(runs.rglob("checkpoint.pt")):
+            time.sleep(0.01)
+        running.send_signal(signal.SIGINT)
+        out, err = running.communicate()
+        self.assertEqual((running.returncode, err.count("--resume"), "Traceback" in err), (130, 1, False))
 
     def test_killed_before_the_first_save(self):
         runs = new_folder()
