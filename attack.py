@@ -14,6 +14,7 @@ of the defense (the mean over draws: one shot). Appends its rows to RUNS/<data>/
 
 import csv
 import importlib.util
+import re
 import sys
 import time
 from statistics import NormalDist
@@ -136,10 +137,8 @@ def pgd(model, images, labels, eps, steps, step_size=None, norm="linf", random_s
                                               else targets[todo], loss, eot, max_batch)
             if early_stop:
                 todo, gradient = todo[errors == 0], gradient[errors == 0]
-            if norm == "linf":
-                direction = gradient.sign()
-            else:
-                direction = F.normalize(gradient.flatten(1), eps=1e-30).view_as(gradient)
+            direction = gradient.sign() if norm == "linf" else F.normalize(
+                gradient.flatten(1), eps=1e-30).view_as(gradient)
             x[todo] = project(x[todo] + step_size * direction, images[todo], eps, norm)
         candidates.append(x)
     return candidates[0] if restarts == 1 else strongest(model, candidates, labels, targets)
@@ -202,24 +201,36 @@ def append_row(path, row):
 
 
 def plot(path, rows, title):
-    """Accuracy over sigma; one line for each defense, attack and eps. Needs matplotlib."""
+    """Accuracy over sigma, a line for each defense, attack and eps; seeds as mean and range.
+
+    What has no sigma (undefended, adversarial training) is a level line. Needs matplotlib.
+    """
     lines = {}
     for row in rows:
-        if row["sigma"] != "":
-            eps, name = f"eps {255 * float(row['eps']):.3g}/255", row["defense"]
-            lines.setdefault((f"{name}, clean", "-"), {})[row["sigma"]] = row["clean_accuracy"]
-            lines.setdefault((f"{name}, {row['attack']}, {eps}", {"fgsm": ":", "pgd": "--"}.get(
-                row["attack"], "-.")), {})[row["sigma"]] = row["robust_accuracy"]
-    if max(map(len, lines.values()), default=0) < 2 or not importlib.util.find_spec("matplotlib"):
+        eps, name = f"eps {255 * float(row['eps']):.3g}/255", re.sub(r"_seed\d+", "", row["defense"])
+        style = {"fgsm": ":", "pgd": "--"}.get(row["attack"], "-.")
+        for label, style, column in ((f"{name}, clean", "-", "clean_accuracy"),
+                                     (f"{name}, {row['attack']}, {eps}", style, "robust_accuracy")):
+            if row["mask_ratio"] == "":
+                points = lines.setdefault((label, style), {}).setdefault(row["sigma"], [])
+                points.append(row[column])
+    sigmas = {row["sigma"] for row in rows} - {""}
+    if len(sigmas) < 2 or not importlib.util.find_spec("matplotlib"):
         return
     from matplotlib.figure import Figure
-    figure = Figure(figsize=(7, 4.5))
+    figure = Figure(figsize=(8, 5))
     axes = figure.subplots()
     for number, ((label, style), points) in enumerate(lines.items()):
-        axes.plot(points.keys(), points.values(), style, marker="osv^D*xP+"[number % 9], label=label)
+        if "" in points:
+            points = dict.fromkeys((min(sigmas), max(sigmas)), points[""])
+        mean = [sum(values) / len(values) for values in points.values()]
+        reach = [[abs(end(values) - middle) for values, middle in zip(points.values(), mean)]
+                 for end in (min, max)]
+        axes.errorbar(list(points), mean, reach, linestyle=style, capsize=2, linewidth=1,
+                      marker="osv^D*xP+"[number // 2 % 9], color=f"{number % 5 * 0.15}", label=label)
     axes.set(xlabel="sigma at test time (8-bit units)", ylabel="accuracy (%)", ylim=(0, 100))
     axes.set_title(title, fontsize=8)
-    axes.legend(fontsize=6)
+    axes.legend(fontsize=5, loc="upper left", bbox_to_anchor=(1, 1))
     figure.savefig(path, dpi=150, bbox_inches="tight")
     print(f"wrote {path}")
 
@@ -240,8 +251,9 @@ def audit(defense, images, labels, eps, steps, eot, draws, max_batch):
         difference = a - b
         return bool(difference.mean() > 3 * difference.std() / len(difference) ** 0.5)
 
-    def text(*accuracies):
-        return ", ".join(f"{100 * a.mean():.1f}" for a in accuracies)
+    def check(name, holds, *figures):
+        shown = [a if isinstance(a, str) else f"{100 * a.mean():.1f}" for a in figures]
+        checks.append((name, ", ".join(shown), bool(holds)))
 
     adversarial, checks = [], []
     clean = accuracy(defense, images, labels, draws)
@@ -250,18 +262,17 @@ def audit(defense, images, labels, eps, steps, eot, draws, max_batch):
         watched = torch.stack([(defense(x).argmax(1) == labels).double() for _ in range(draws)]).mean(0)
         gradient, = torch.autograd.grad(objective(defense(x), labels, None, "ce").sum(), x,
                                         allow_unused=True, materialize_grads=True)
-    checks.append(("accuracy is the same while gradients are taken", text(clean, watched),
-                   not above(clean, watched) and not above(watched, clean)))
-    dead = ((gradient == 0) | ~gradient.isfinite()).double().mean().item()
-    checks.append(("input gradients are neither zero nor non-finite", f"{100 * dead:.1f}% of them are",
-                   dead < 0.05))
+    check("accuracy is the same while gradients are taken",
+          not above(clean, watched) and not above(watched, clean), clean, watched)
+    dead = ((gradient == 0) | ~gradient.isfinite()).double()
+    check("under 5% of the input gradients are zero or not finite", dead.mean() < 0.05, dead)
     zero = attacked(eps=0.0)
-    checks.append(("accuracy at eps 0 is clean accuracy", text(clean, zero),
-                   not above(clean, zero) and not above(zero, clean)))
+    check("accuracy at eps 0 is clean accuracy", not above(clean, zero) and not above(zero, clean),
+          clean, zero)
     shaken = (images + eps * torch.randn_like(images).sign()).clamp(0, 1)
     noise = accuracy(defense, shaken, labels, draws)
-    checks.append(("random noise of this eps costs under 10 points", text(clean, noise),
-                   clean.mean() - noise.mean() < 0.1))
+    check("random noise of this eps costs under 10 points", clean.mean() - noise.mean() < 0.1,
+          clean, noise)
     base = attacked()
     strong = adversarial[-1]
     for name, other in [
@@ -270,33 +281,28 @@ def audit(defense, images, labels, eps, steps, eot, draws, max_batch):
             ("twice the restarts change nothing", dict(restarts=2)),
             ("twice the EOT draws change nothing", dict(eot=2 * eot)),
             ("the margin loss is no stronger", dict(loss="margin")),
-            ("gray-box is no stronger than white-box", dict(model=defense.classifier, eot=1))]:
+            ("gray-box is no stronger than white-box", dict(model=defense.classifier, eot=1)),
+            ("the plain clamp's gradient is no stronger", {})]:
+        defense.straight_through = bool(other)
         result = attacked(**other)
-        checks.append((name, text(base, result), not above(base, result)))
-    defense.straight_through = False
-    plain = attacked()
+        check(name, not above(base, result), base, result)
     defense.straight_through = True
-    checks.append(("the plain clamp's gradient is no stronger", text(base, plain),
-                   not above(base, plain)))
     larger = [base] + [attacked(eps=factor * eps, eot=2) for factor in (2, 4, 8) if factor * eps <= 1]
-    checks.append(("robust accuracy falls with eps, to under 5%", text(*larger), larger[-1].mean() < 0.05
-                   and not any(above(b, a) for a, b in zip(larger, larger[1:]))))
-    shots, votes = {}, defense.votes
-    for defense.votes in (1, 10):  # a random defense is read one shot at a time, or in ten tries
-        for x in (images, strong):
-            with torch.no_grad():
-                hits = torch.stack([(defense(x).argmax(1) == labels).double() for _ in range(10)])
-            shots[len(shots)] = hits.mean(0), (f"{100 * hits.mean():.1f} ± {100 * hits.mean(1).std():.1f}"
-                                               f" / {100 * hits.amin(0).mean():.1f}")
+    check("robust accuracy falls with eps, to under 5%", larger[-1].mean() < 0.05 and not any(
+        above(b, a) for a, b in zip(larger, larger[1:])), *larger)
+    shots, votes = [], defense.votes
+    for defense.votes, x in ((1, images), (1, strong), (10, images), (10, strong)):
+        with torch.no_grad():
+            hits = torch.stack([(defense(x).argmax(1) == labels).double() for _ in range(10)])
+        shots.append((hits.mean(0), f"{100 * hits.mean():.1f} ± {100 * hits.mean(1).std():.1f} / "
+                                    f"{100 * hits.amin(0).mean():.1f}"))
     defense.votes = votes
-    checks.append(("attacked: the vote of ten draws is no worse than one draw",
-                   text(shots[1][0], shots[3][0]), not above(shots[1][0], shots[3][0])))
-    for i, name in enumerate(("clean, 1 vote", "attacked, 1 vote", "clean, 10", "attacked, 10")):
-        checks.append((f"one shot ± spread / right in all of ten tries: {name}", shots[i][1], True))
+    check("one shot ± spread / right in all of ten tries, clean, attacked, and both with 10 votes; votes "
+          "are no worse", not above(shots[1][0], shots[3][0]), *[shown for _, shown in shots])
     return checks
 
 
-def arguments():
+def arguments(argv=None):
     result = common.parser(__doc__)
     add = result.add_argument
     evaluation_flags(add, images=120)
@@ -309,20 +315,17 @@ def arguments():
     add("--step-size", type=common.eps, help="of pgd, as 2/255; default 2.5 eps/steps")
     add("--restarts", type=common.count, default=1, help="of pgd, default 1")
     add("--eot", type=common.count, default=8, help="draws in each gradient of pgd+eot, default 8")
-    add("--loss", nargs="+", choices=["ce", "margin"], default=["ce"],
-        help="default ce; both: the stronger for each image")
-    add("--threat", choices=["white", "gray"], default="white",
-        help="white (default): through the defense; gray: gradients of the classifier only")
-    add("--plain-clamp", action="store_true",
-        help="gradients stop where De³ clamps; default: they go straight through")
+    add("--loss", nargs="+", choices=["ce", "margin"], default=["ce"], help="both: the stronger one")
+    add("--threat", choices=["white", "gray"], default="white", help="gray: the classifier alone")
+    add("--plain-clamp", action="store_true", help="no gradient where De³ clamps; default: straight")
     add("--draws", type=common.count, default=5, help="fresh draws that score a defense, default 5")
     add("--audit", action="store_true", help="check the last defense chosen (default De³), and the "
         "attack, at the largest eps; exit code 1 if anything is suspicious")
-    return common.fill_in(result.parse_args())
+    return common.fill_in(result.parse_args(argv))
 
 
-def main():
-    args = arguments()
+def main(argv=None):
+    args = arguments(argv)
     device = common.start(args)
     defenses, checkpoint = load_defenses(args, device, not args.plain_clamp)
     share, images_in_all, _ = load_test_images(args, checkpoint)
@@ -343,16 +346,14 @@ def main():
              f"{args.restarts} restart(s), loss {'+'.join(args.loss)}, {args.threat}-box, "
              f"seed {args.seed}")
     print(f"{title}; accuracy in % [95% interval]\n\n{'defense':34} {'sigma':>8} {'eps':>7}  "
-          f"{'attack':8} {'clean':>19} {'robust':>19} {'seconds':>8} "
-          "  gradients/s")
+          f"{'attack':8} {'clean':>19} {'robust':>19} {'seconds':>8}   gradients/s")
     for name, defense in defenses:
         random = defense.mask_ratio is not None or bool(defense.sigma and defense.sigma.b > 0)
         draws = args.draws if random else 1
         common.seed_epoch(args.seed, 0)
-        clean, = common.total(sum(
-            accuracy(defense, images.to(device), labels.to(device), draws).sum().item()
-            for images, labels in batches))
-        clean *= 100 / images_in_all
+        hits = sum(accuracy(defense, images.to(device), labels.to(device), draws).sum().item()
+                   for images, labels in batches)
+        clean = common.total(hits)[0] * 100 / images_in_all
         attacked = defense if args.threat == "white" else defense.classifier
         averaged = random and args.threat == "white"  # else every draw has the same gradient
         for eps, attack in [(eps, attack) for eps in args.eps for attack in args.attack]:
@@ -372,8 +373,8 @@ def main():
                                      draws, settings)
             robust, seconds = common.total(robust)[0] * 100 / images_in_all, time.time() - start
             gradients = images_in_all * settings["steps"] * settings["eot"] * settings["restarts"]
-            speed = "stopped early" if settings["early_stop"] else (
-                f"{gradients * len(args.loss) / seconds:.0f}")
+            speed = "stopped early" if settings["early_stop"] else round(
+                gradients * len(args.loss) / seconds)
             level = defense.sigma.a if defense.sigma else ""
             rows.append({
                 "defense": name, "sigma": level, "votes": args.votes, "attack": attack,
@@ -394,6 +395,7 @@ def main():
     print(f"\nwrote {table}")
     if common.rank() == 0:
         plot(table.with_name("tradeoff.png"), rows, title)
+    return rows
 
 
 if __name__ == "__main__":

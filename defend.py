@@ -3,6 +3,7 @@
     python defend.py                          accuracy and PSNR over sigma, and defend.png
     python defend.py --sigma 0 25 50 75 100 --votes 5
     python defend.py --certify                randomized smoothing: what no L2 attack can change
+    python defend.py --dial 0 1 2             the paper's comparison over sigma, with seeds 0, 1, 2
     python defend.py photo.jpg another.png    label and confidence with and without the defense;
                                               purified images go to RUNS/<data>/purified/
 
@@ -15,7 +16,7 @@ import csv
 import math
 import os
 from pathlib import Path
-from statistics import NormalDist
+from statistics import NormalDist, mean, stdev
 
 import torch
 from PIL import Image, ImageDraw
@@ -96,6 +97,8 @@ def arguments():
     add("--eps", type=common.eps, default=16 / 255, help="of the attack in defend.png, 16/255")
     add("--steps", type=common.count, default=20, help="of the attack in defend.png, default 20")
     add("--eot", type=common.count, default=8, help="draws per gradient there, default 8")
+    add("--dial", nargs="+", type=common.number(int), metavar="SEED", help="the comparison of README's "
+        "second table, over these seeds; digits only")
     add("--certify", action="store_true", help="certified accuracy of the majority vote over noise")
     add("--n0", type=common.count, default=100, help="draws that guess the class, default 100")
     add("--n", type=common.count, default=1000, help="draws that bound its probability, default 1000")
@@ -192,6 +195,59 @@ def certify_all(args, name, defense, share, device):
           f"{8 * corner:.2f} at eps 8/255, {16 * corner:.2f} at 16/255.\nwrote {path}")
 
 
+DIAL = {  # of the digits: (run, what finetune.py makes it with, sigmas or mask ratios to test)
+    "undefended": ("nim_gamma10-12/clean", "--clean", ""),
+    "adversarial training": ("nim_gamma10-12/clean_adversarial16", "--adversarial 16/255", ""),
+    "noise only": ("nim_gamma10-12/no-denoise_uniform0-120", "--no-denoise", "--sigma 50 100"),
+    "NIM, Gamma(10, 12)": ("nim_gamma10-12/de3_uniform0-120", "--de3", "--sigma 0 50 100 150"),
+    "NIM, fixed 120": ("nim_120/de3_uniform0-120", "--de3", "--sigma 0 50 100 150"),
+    "NIM, Gamma(25, 3)": ("nim_gamma25-3/de3_uniform0-30", "--de3 --sigma uniform:0,30",
+                          "--sigma 0 50 100 150"),
+    "MIM, whole output": ("mim_0.75/de3", "--de3", "--mask-ratio 0.25 0.5 0.75"),
+    "MIM, visible kept": ("mim_0.75/de3_visible", "--de3 --keep-visible", "--mask-ratio 0.25 0.5 0.75"),
+}
+PRETRAINED = {"nim_gamma10-12": "", "nim_120": "--sigma 120", "nim_gamma25-3": "--sigma gamma:25,3",
+              "mim_0.75": "--task mim"}
+
+
+def dial(args):
+    """The comparison the paper makes: every defense of DIAL under the same attack, over seeds."""
+    import attack  # here, because attack.py imports this file
+    folders, missing, cells, rows = {}, {}, {}, []
+    for label, (run, made_with, levels) in DIAL.items():
+        for seed in args.dial:
+            suffix, seeded = (f"_seed{seed}", f" --seed {seed}") if seed else ("", "")
+            seeded += f" --runs {args.runs}" if args.runs != "runs" else ""
+            pretrained, classifier = run.split("/")
+            source = common.runs_folder(args) / (pretrained + suffix)
+            folder = source / (classifier + suffix)
+            if not (source / "checkpoint.pt").exists():
+                missing["python pretrain.py " + PRETRAINED[pretrained] + seeded] = None
+            if not (folder / "checkpoint.pt").exists():
+                missing[f"python finetune.py --autoencoder {source} {made_with}{seeded}"] = None
+            folders[label, seed] = f"--classifier {folder} {levels} --seed {seed}"
+    if missing:
+        raise UserError("models are missing; make them with: " + " && ".join(missing))
+    for (label, _), flags in folders.items():
+        for row in attack.main(f"{flags} --attack pgd pgd+eot --eps {args.eps} --steps {args.steps} --eot "
+                               f"{args.eot} --images {args.images} --split {args.split} --runs {args.runs} "
+                               f"--device {args.device}".split()):
+            level = f"sigma {row['sigma']:g}" if row["sigma"] != "" else f"mask {row['mask_ratio']}"
+            cell = cells.setdefault((label, "off" if level == "mask " else level), {})
+            cell.setdefault("clean" if row["attack"] == "pgd" else "", []).append(row["clean_accuracy"])
+            cell.setdefault(row["attack"], []).append(row["robust_accuracy"])
+            rows.append(row)
+    caption = (f"{rows[0]['images']} {args.split} images, PGD of {args.steps} steps at eps "
+               f"{255 * args.eps:g}/255, EOT {args.eot}, seeds {args.dial}")
+    print(f"\n{caption}: mean ± standard deviation in %\n\n{'':22} {'level':>10}  {'clean':>12}  "
+          f"{'without EOT':>12}  {'with EOT':>12}")
+    for (label, level), cell in cells.items():
+        shown = [f"{mean(cell[key]):5.1f} ± {stdev(cell[key]) if len(cell[key]) > 1 else 0:4.1f}"
+                 for key in ("clean", "pgd", "pgd+eot" if "pgd+eot" in cell else "pgd")]
+        print(f"{label:22} {level:>10}  " + "  ".join(f"{text:>12}" for text in shown))
+    attack.plot(common.runs_folder(args) / "tradeoff.png", rows, caption)
+
+
 def picture(path, rows, classes):
     """Rows of images with a label under each: rows is a list of (title, images, predicted [N])."""
     cell, left, text = 64, 96, 14
@@ -213,6 +269,8 @@ def picture(path, rows, classes):
 def main():
     args = arguments()
     device = common.start(args)
+    if args.dial:
+        return dial(args)
     defenses, checkpoint = load_defenses(args, device)
     if args.photos:
         return purify_photos(args, defenses, checkpoint, device) if common.rank() == 0 else None

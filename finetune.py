@@ -36,7 +36,7 @@ RECIPES = {  # the paper's from base on; tiny was chosen on the validation image
     "base": IMAGENET, "large": {**IMAGENET, "epochs": 50},
     "huge": {**IMAGENET, "epochs": 50, "drop_path": 0.2},
 }
-ATTACK_STEPS = 5  # of PGD in adversarial training
+ATTACK_STEPS = 5  # of PGD in adversarial training; its eps grows over the first half
 
 
 def arguments():
@@ -62,7 +62,7 @@ def arguments():
     add("--drop-path", type=common.number(float, 0, 0.99), help="default 0.1 (0 tiny, 0.2 huge)")
     add("--augment", action=argparse.BooleanOptionalAction, help="crop, flip, RandAugment, erasing, "
         "MixUp/CutMix, label smoothing; default: with 10,000 training images or more; the digits "
-        "are only shifted, by default")
+        "are only shifted, by default unless --adversarial")
     pretrain.training_flags(add, RECIPES)
     args = result.parse_args()
     common.fill_in(args, RECIPES, args.classifier)
@@ -97,7 +97,9 @@ def train(args, mode, device):
     if heldout.classes != train_set.classes:
         raise UserError(f"{args.data}: train/ and val/ do not hold the same classes")
     digits = args.data == "digits"
-    augment = digits or len(train_set) >= 10_000 if args.augment is None else args.augment
+    augment = args.augment
+    if augment is None:  # shifted digits keep adversarial training at chance for too long
+        augment = args.adversarial is None if digits else len(train_set) >= 10_000
     if augment and not digits:
         train_set.transform = data.finetune_transform(size["image_size"])
     batch, parts, steps = pretrain.plan(args, len(train_set))  # an epoch has `steps` optimizer steps
@@ -161,7 +163,8 @@ def train(args, mode, device):
                 defense.mask_ratio = args.mask_ratio * torch.rand(()).item()
             if args.adversarial is not None:
                 classifier.eval()
-                images = pgd(defense, images, labels, args.adversarial, ATTACK_STEPS)
+                radius = args.adversarial * min(1, 2 * step / (args.epochs * steps))
+                images = pgd(defense, images, labels, radius, ATTACK_STEPS)
             elif augment and not digits:
                 images, targets = mix(images, labels)
             classifier.train()
