@@ -36,7 +36,7 @@ RECIPES = {  # the paper's from base on; tiny was chosen on the validation image
     "base": IMAGENET, "large": {**IMAGENET, "epochs": 50},
     "huge": {**IMAGENET, "epochs": 50, "drop_path": 0.2},
 }
-ATTACK_STEPS = 5  # of PGD in adversarial training; its eps grows over the first half
+ATTACK_STEPS = 5  # of PGD in adversarial training; its eps grows during the warm-up
 
 
 def arguments():
@@ -163,7 +163,8 @@ def train(args, mode, device):
                 defense.mask_ratio = args.mask_ratio * torch.rand(()).item()
             if args.adversarial is not None:
                 classifier.eval()
-                radius = args.adversarial * min(1, 2 * step / (args.epochs * steps))
+                warmup = args.warmup_epochs * steps
+                radius = args.adversarial * (step / warmup if step < warmup else 1)
                 images = pgd(defense, images, labels, radius, ATTACK_STEPS)
             elif augment and not digits:
                 images, targets = mix(images, labels)
