@@ -14,6 +14,7 @@ of the defense (the mean over draws: one shot). Appends its rows to RUNS/<data>/
 
 import csv
 import importlib.util
+import io
 import re
 import sys
 import time
@@ -231,7 +232,9 @@ def plot(path, rows, title):
     axes.set(xlabel="sigma at test time (8-bit units)", ylabel="accuracy (%)", ylim=(0, 100))
     axes.set_title(title, fontsize=8)
     axes.legend(fontsize=5, loc="upper left", bbox_to_anchor=(1, 1))
-    figure.savefig(path, dpi=150, bbox_inches="tight")
+    buffer = io.BytesIO()
+    figure.savefig(buffer, dpi=150, bbox_inches="tight")
+    common.write_whole(path, buffer.getbuffer())
     print(f"wrote {path}")
 
 
@@ -362,7 +365,8 @@ def main(argv=None):
             fgsm = attack == "fgsm"
             settings = dict(  # the attack itself
                 steps=1 if fgsm else args.steps, random_start=not fgsm,
-                step_size=eps if fgsm else args.step_size or 2.5 * eps / args.steps,
+                step_size=eps if fgsm else (
+                    2.5 * eps / args.steps if args.step_size is None else args.step_size),
                 restarts=1 if fgsm else args.restarts,
                 eot=args.eot if attack == "pgd+eot" and averaged else 1,
                 early_stop=not random and args.threat == "white", max_batch=args.max_batch)

@@ -1,7 +1,9 @@
 """What the stages share: arguments, devices and processes, run folders, checkpoints, weights."""
 
 import argparse
+import contextlib
 import hashlib
+import io
 import math
 import os
 import re
@@ -21,14 +23,14 @@ ENCODER = "image_size patch_size embed_dim depth num_heads mean std".split()  # 
 
 # ------------------------------------------------------------------------------------ arguments
 
-def number(kind, low=0, high=math.inf):
-    """An argparse type: a finite int or float from low to high."""
+def number(kind, low=0, high=10**9):
+    """An argparse type: an int or float from low to high."""
     def convert(text):
         try:
             value = kind(text)
         except ValueError:
             value = math.nan
-        if not low <= value <= high or value == math.inf:
+        if not low <= value <= high:
             raise UserError(f"{text!r} is not {kind.__name__} from {low:g} to {high:g}")
         return value
     return convert
@@ -38,6 +40,11 @@ def eps(text):
     """An argparse type: '8/255' or '0.03', an attack radius in [0, 1] units."""
     top, _, bottom = text.partition("/")
     return number(float)(top) / number(float, 1)(bottom or 1)
+
+
+def run_path(text):
+    """An argparse type: a run's folder (its checkpoint.pt will do), or a file of published weights."""
+    return Path(text).parent if Path(text).name == "checkpoint.pt" else Path(text)
 
 
 count = number(int, 1)  # of images, epochs, steps, draws ...
@@ -83,7 +90,7 @@ def start(args):
     try:
         device = torch.zeros(1, device=name).cpu() is not None and torch.device(name)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise UserError(f"device {name!r} cannot be used: {str(error).splitlines()[0]}") from None
+        raise UserError(f"device {name!r} cannot be used: {str(error).splitlines()[0][:90]}") from None
     if device.type == "cuda":
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")  # TF32 where fp32 stays
@@ -141,8 +148,12 @@ def run_script(main):
         message = str(error).strip().splitlines()[-1].removeprefix("model.UserError: ")
         print(f"error: {message}", file=sys.stderr)
         sys.exit(2)
+    except OSError as error:  # a full disk, a folder that cannot be written to ...
+        print(f"error: {error}; what was saved before is kept", file=sys.stderr)
+        sys.exit(2)
     except KeyboardInterrupt:
-        print("interrupted; training goes on with the same command and --resume", file=sys.stderr)
+        print("interrupted; training goes on with the same command and --resume (not --overwrite)",
+              file=sys.stderr)
         sys.exit(130)
     finally:
         if dist.is_initialized():
@@ -179,21 +190,28 @@ def command(script, args):
                                             if value != usual])
 
 
-def save_checkpoint(path, checkpoint):
-    """Write beside `path`, then move into place: a kill at any moment leaves the old file whole."""
-    if rank() > 0:
-        return
+def write_whole(path, content):
+    """Write bytes beside `path`, then move them into place: a kill leaves the old file whole."""
     temporary = path.with_suffix(".tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(temporary, "wb") as file:
-            torch.save(checkpoint, file)
+            file.write(content)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:
-        raise UserError(f"could not save {path} ({str(error).splitlines()[0]}); what was saved "
-                        "before is kept: make room and go on with --resume") from None
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        raise UserError(f"could not save {path} ({error}); what was saved before is kept: make room, and "
+                        "go on with the same command (training: and --resume)") from None
+
+
+def save_checkpoint(path, checkpoint):
+    if rank() == 0:
+        buffer = io.BytesIO()
+        torch.save(checkpoint, buffer)
+        write_whole(path, buffer.getbuffer())
 
 
 def read(path):
@@ -204,7 +222,7 @@ def read(path):
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):
             return torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
+    except (FileNotFoundError, IsADirectoryError):
         raise UserError(f"there is no file {path}") from None
     except Exception as error:  # torch.load of a damaged file raises many kinds
         reason = (str(error) or type(error).__name__).splitlines()[0][:80]

@@ -81,7 +81,10 @@ def read_image(path):
     """A PIL RGB image, or a UserError that names the file."""
     try:
         with open(path, "rb") as file:
-            return Image.open(file).convert("RGB")
+            image = Image.open(file)
+            if image.mode.startswith(("I", "F")):  # Pillow would clip them to white
+                raise ValueError("more than 8 bits per channel")
+            return image.convert("RGB")
     except Exception as error:  # Pillow's decoders raise many kinds
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise UserError(f"cannot read image {path}: {reason}; replace or remove it") from None

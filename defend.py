@@ -13,6 +13,7 @@ are bright on dark.
 """
 
 import csv
+import io
 import math
 import os
 from pathlib import Path
@@ -30,9 +31,9 @@ from model import De3, UserError, add_noise
 
 def evaluation_flags(add, images):
     """The flags of both evaluating stages."""
-    add("--classifier", nargs="+", metavar="RUN", help="folders of finetune.py's runs, or files of "
+    add("--classifier", nargs="+", type=common.run_path, metavar="RUN", help="folders of finetune.py's runs, or files of "
         "published weights; default: the undefended and the De³ classifier made by default")
-    add("--autoencoder", metavar="RUN", help="folder or file; default: the one the classifier was "
+    add("--autoencoder", type=common.run_path, metavar="RUN", help="folder or file; default: the one the classifier was "
         "trained behind")
     add("--sigma", nargs="+", type=lambda text: text if text == "off" else common.number(float)(text),
         metavar="S", help="sigmas to test, 'off' for undefended; default off for an undefended "
@@ -59,8 +60,8 @@ def load_defenses(args, device, straight_through=True):
             folder, "classifier", common.command("finetune.py", args), device, args)
         mode, sigmas, ratios, autoencoder = checkpoint["mode"], args.sigma, [None], None
         if mode == "de3" or (mode == "clean" and sigmas and sigmas != ["off"]):
-            inside = mode == "de3" or (Path(folder).parent / "checkpoint.pt").exists()
-            source = args.autoencoder or (Path(folder).parent if inside else behind)
+            inside = mode == "de3" or (folder.parent / "checkpoint.pt").exists()
+            source = args.autoencoder or (folder.parent if inside else behind)
             autoencoder, pretraining = common.load_finished(
                 source, "autoencoder", common.command("pretrain.py", args), device, args)
             if mode == "de3" and not args.autoencoder and (
@@ -174,17 +175,13 @@ def certify(defense, image, n0, n, max_batch):
 
 
 def certify_all(args, name, defense, share, device):
-    """The table of certified accuracy over radii; one line per image in certify.csv."""
-    path, results = common.runs_folder(args) / "certify.csv", []
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "w", newline="") as file:
-        table = csv.writer(file)
-        table.writerow(["image", "label", "predicted", "hits", "draws", "sigma", "l2_radius"])
-        for number, (image, label) in enumerate(share):
-            predicted, hits, radius = certify(defense, image.to(device), args.n0, args.n, args.max_batch)
-            results.append(radius if predicted == label else -1.0)
-            table.writerow([number, int(label), "ABSTAIN" if predicted is None else predicted, hits, args.n,
-                            f"{defense.sigma}", f"{radius:.6f}"])
+    """Print the table of certified accuracy over radii; returns a row of certify.csv per image."""
+    results, rows = [], []
+    for number, (image, label) in enumerate(share):
+        predicted, hits, radius = certify(defense, image.to(device), args.n0, args.n, args.max_batch)
+        results.append(radius if predicted == label else -1.0)
+        rows.append([name, defense.sigma, number, int(label), "ABSTAIN" if predicted is None else predicted,
+                     hits, args.n, f"{radius:.6f}"])
     print(f"{name}, sigma {defense.sigma}: {len(share)} {args.split} images, class from {args.n0} draws, "
           f"bound from {args.n}, 99.9% confidence, seed {args.seed}\n\nL2 radius  certified accuracy %")
     for radius in [step / 10 for step in range(10)]:
@@ -192,7 +189,8 @@ def certify_all(args, name, defense, share, device):
         print(f"{radius:9.1f}  {100 * certified:20.1f}")
     corner = image.numel() ** 0.5 / 255
     print(f"\nThe radius is an L2 length over all pixels. A corner of the Linf ball is much farther: "
-          f"{8 * corner:.2f} at eps 8/255, {16 * corner:.2f} at 16/255.\nwrote {path}")
+          f"{8 * corner:.2f} at eps 8/255, {16 * corner:.2f} at 16/255.\n", flush=True)
+    return rows
 
 
 DIAL = {  # of the digits: (run, what finetune.py makes it with, sigmas or mask ratios to test)
@@ -213,6 +211,8 @@ PRETRAINED = {"nim_gamma10-12": "", "nim_120": "--sigma 120", "nim_gamma25-3": "
 def dial(args):
     """The comparison the paper makes: every defense of DIAL under the same attack, over seeds."""
     import attack  # here, because attack.py imports this file
+    if args.data != "digits":
+        raise UserError("--dial is for the digits")
     folders, missing, cells, rows = {}, {}, {}, []
     for label, (run, made_with, levels) in DIAL.items():
         for seed in args.dial:
@@ -261,8 +261,9 @@ def picture(path, rows, classes):
             sheet.paste(to_pil_image(image).resize((cell, cell), Image.NEAREST),
                         (left + j * (cell + 4), top))
             draw.text((left + j * (cell + 4), top + cell), classes[predicted[j]][:10], fill="black")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    sheet.save(path)
+    buffer = io.BytesIO()
+    sheet.save(buffer, "png")
+    common.write_whole(path, buffer.getbuffer())
     print(f"wrote {path}")
 
 
@@ -277,10 +278,17 @@ def main():
     share, images_in_all, classes = load_test_images(args, checkpoint)
     if args.certify:
         noisy = [item for item in defenses if item[1].sigma and item[1].sigma.a > 0]
+        if common.world() > 1:
+            raise UserError("--certify runs in one process, without torchrun")
+        text = io.StringIO(newline="")
+        table = csv.writer(text)
+        table.writerow("defense sigma image label predicted hits draws l2_radius".split())
         for name, defense in defenses if args.sigma or not noisy else noisy:
             common.seed_epoch(args.seed, 0)
-            certify_all(args, name, defense, share, device)
-        return
+            table.writerows(certify_all(args, name, defense, share, device))
+        path = common.runs_folder(args) / "certify.csv"
+        common.write_whole(path, text.getvalue().encode())
+        return print(f"wrote {path}")
     batches = data.loader(share, min(args.batch_size, args.max_batch), args.workers)
 
     # clean accuracy, and the PSNR of what the classifier sees, over sigma

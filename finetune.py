@@ -47,7 +47,7 @@ def arguments():
                        ("clean", "train only the undefended classifier"),
                        ("no-denoise", "train on noisy images that are not denoised")]:
         mode.add_argument(f"--{name}", action="store_const", dest="mode", const=name, help=text)
-    add("--autoencoder", metavar="RUN", help="folder of the pretraining run, or a file of published "
+    add("--autoencoder", type=common.run_path, metavar="RUN", help="folder of the pretraining run, or a file of published "
         "weights; default: the run that pretrain.py makes by default")
     add("--sigma", type=NoiseScale.parse, help="noise scale in 8-bit units, one draw per image; "
         f"default uniform:0,30, digits {data.DATASETS['digits']['finetune']}")
@@ -82,7 +82,7 @@ def start_from_autoencoder(classifier, autoencoder):
 def train(args, mode, device):
     """Train one classifier; mode: de3, clean or no-denoise."""
     # the autoencoder to start from, and to stand behind
-    source, autoencoder, masks = Path(args.autoencoder or common.default_autoencoder(args)), None, False
+    source, autoencoder, masks = args.autoencoder or common.default_autoencoder(args), None, False
     size = dict(SIZES[args.size], mean=data.default(args, "mean"), std=data.default(args, "std"))
     if mode == "de3" or not (args.from_scratch or args.init):
         autoencoder, pretraining = common.load_finished(

@@ -49,8 +49,8 @@ class NoiseScale(NamedTuple):
             a, b = map(float, (numbers if kind else f"{numbers},{numbers}").split(","))
         except ValueError:
             a = b = math.nan
-        valid = {"gamma": a > 0 < b, "uniform": 0 <= a <= b, "": a >= 0}.get(kind, False)
-        if not valid or math.inf in (a, b):
+        valid = {"gamma": min(a, b) >= 1e-3, "uniform": 0 <= a <= b, "": a >= 0}.get(kind, False)
+        if not valid or max(a, b) > 1e6:
             raise UserError(f"sigma {text!r} must be a number, gamma:SHAPE,SCALE or "
                             "uniform:LOW,HIGH, none of them negative, LOW not above HIGH")
         return cls(kind, a, b)

@@ -38,9 +38,9 @@ def training_flags(add, recipes):
         return "default " + ", ".join(f"{recipes[key][name]:g} ({key})" for key in recipes)
     add("--epochs", type=common.count, help=text("epochs"))
     add("--batch-size", type=common.count, help=text("batch_size"))
-    add("--base-lr", type=common.number(float, 1e-12), help="lr = this x batch/256; " + text("base_lr"))
+    add("--base-lr", type=common.number(float, 1e-12, 1e30), help="lr = this x batch/256; " + text("base_lr"))
     add("--warmup-epochs", type=common.number(float), help=text("warmup_epochs"))
-    add("--weight-decay", type=common.number(float), default=0.05, help="default 0.05")
+    add("--weight-decay", type=common.number(float, 0, 10), default=0.05, help="default 0.05")
     add("--init", metavar="FILE", help="start from published weights: MAE's, NIM-AdvDef's, timm's "
         "ViT (average pooling), or a checkpoint.pt")
     add("--dry-run", action="store_true", help="print what the flags come to, and stop")
@@ -160,8 +160,8 @@ class Progress:
 def arguments():
     result = common.parser(__doc__)
     add = result.add_argument
-    add("--image-size", type=common.count, help="default: that of the size")
-    add("--patch-size", type=common.count, help="default: that of the size")
+    add("--image-size", type=common.number(int, 1, 4096), help="default: that of the size")
+    add("--patch-size", type=common.number(int, 1, 4096), help="default: that of the size")
     add("--task", choices=["nim", "mim"], default="nim", help="default nim")
     add("--sigma", type=NoiseScale.parse, help="noise scale in 8-bit units, one draw per image: a "
         "number, gamma:SHAPE,SCALE or uniform:LOW,HIGH; default gamma:25,3, digits gamma:10,12")

@@ -921,7 +921,11 @@ class TestCertificate(unittest.TestCase):
         runs, *_ = digits_runs()
         result = finished(run("defend", "--certify", "--runs", runs, "--images", 5, "--n0", 5, "--n", 20))
         self.assertRegex(result.out, r"L2 radius +certified accuracy %\n +0\.0 +[\d.]+\n")
-        self.assertEqual([row["draws"] for row in read_csv(runs / "digits/certify.csv")], ["20"] * 5)
+        table = runs / "digits/certify.csv"
+        self.assertEqual([row["draws"] for row in read_csv(table)], ["20"] * 5)
+        old = table.read_bytes()
+        refused = run("defend", "--certify", "--runs", runs, "--images", 2, "--votes", 2)
+        self.assertEqual((refused.code, table.read_bytes()), (2, old))
 
 
 class TestDial(unittest.TestCase):
@@ -1029,12 +1033,11 @@ class TestCommon(unittest.TestCase):
             common.save_checkpoint(path, self.checkpoint())
             old = path.read_bytes()
 
-            def fail(checkpoint, file):
-                file.write(b"half")
-                raise OSError("No space left on device")
-            with mock.patch("torch.save", fail), self.assertRaisesRegex(UserError, "No space left"):
+            full = mock.patch("os.fsync", side_effect=OSError("No space left on device"))
+            with full, self.assertRaisesRegex(UserError, "No space left"):
                 common.save_checkpoint(path, self.checkpoint(epoch=2))
             self.assertEqual(path.read_bytes(), old)
+            self.assertEqual(list(path.parent.iterdir()), [path])  # no half file takes up the room
             common.save_checkpoint(path, self.checkpoint(epoch=3))
             self.assertEqual(common.load_checkpoint(path, "autoencoder")["epoch"], 3)
             self.assertEqual(list(path.parent.iterdir()), [path])
@@ -1723,7 +1726,8 @@ class TestBadInput(unittest.TestCase):
                       ["--base-lr", "nan"], ["--base-lr", "-1"], ["--task", "dae"],
                       ["--size", "giant"], ["--image-size", "0"], ["--flag-that-is-not"],
                       ["--resume", "--overwrite"], ["--image-size", "30"], ["--patch-size", "5"],
-                      ["--max-batch", "0"], ["--task", "mim", "--mask-ratio", "0.99"]):
+                      ["--max-batch", "0"], ["--seed", "1" + "0" * 20], ["--sigma", "1e300"],
+                      ["--epochs", "1" + "0" * 400], ["--base-lr", "1e300"], ["--task", "mim", "--mask-ratio", "0.99"]):
             self.refused("pretrain", "--runs", new_folder(), *flags)
         for flags in (["--adversarial", "-1/255"], ["--adversarial", "8/0"], ["--de3", "--clean"],
                       ["--drop-path", "1"], ["--layer-decay", "0"]):
@@ -1831,6 +1835,8 @@ class TestBadInput(unittest.TestCase):
             self.refused("pretrain", *photo_flags(new_folder(), folder), *training(),
                          "--workers", workers, says=broken)
         self.refused("defend", broken, "--runs", digits_runs()[0], says=broken)
+        Image.fromarray(np.full((9, 9), 30000, np.uint16)).save(broken)
+        self.refused("defend", broken, "--runs", digits_runs()[0], says=(broken, "8 bits"))
         self.refused("defend", "no.png", "--runs", digits_runs()[0], says="no.png")
 
     def test_loss_that_is_not_finite(self):
@@ -1848,6 +1854,14 @@ class TestBadInput(unittest.TestCase):
         runs, _ = photo_runs()
         self.refused("finetune", "--keep-visible", *training(), *photo_flags(runs),
                      says="--keep-visible")
+
+    def test_results_that_cannot_be_written(self):
+        runs, target = digits_runs()[0], new_folder()
+        flags = ("--classifier", runs / "digits" / digits_names()[0], "--sigma", 0, "--images", 2, "--steps",
+                 1, "--runs", target)
+        for script, name in (("attack", "attack.csv"), ("defend", "defend.png")):
+            (target / "digits" / name).mkdir(parents=True)
+            self.refused(script, *flags, says=name)
 
     def test_real_process(self):
         running = process("attack", "--runs", new_folder(), "--classifier", "none")
