@@ -210,11 +210,12 @@ def plot(path, rows, title):
     for row in rows:
         eps, name = f"eps {255 * float(row['eps']):.3g}/255", re.sub(r"_seed\d+", "", row["defense"])
         style = {"fgsm": ":", "pgd": "--"}.get(row["attack"], "-.")
-        for label, style, column in ((f"{name}, clean", "-", "clean_accuracy"),
-                                     (f"{name}, {row['attack']}, {eps}", style, "robust_accuracy")):
-            if row["mask_ratio"] == "":
-                points = lines.setdefault((label, style), {}).setdefault(row["sigma"], [])
-                points.append(row[column])
+        found = [(f"{name}, clean", "-", "clean_accuracy"),
+                 (f"{name}, {row['attack']}, {eps}", style, "robust_accuracy")]
+        if row["attack"] == "pgd" and row["sigma"] == 0:  # nothing to average: the same under EOT
+            found.append((f"{name}, pgd+eot, {eps}", "-.", "robust_accuracy"))
+        for label, style, column in found if row["mask_ratio"] == "" else ():
+            lines.setdefault((label, style), {}).setdefault(row["sigma"], []).append(row[column])
     sigmas = {row["sigma"] for row in rows} - {""}
     if len(sigmas) < 2 or not importlib.util.find_spec("matplotlib"):
         return
@@ -334,6 +335,8 @@ def main(argv=None):
     share, images_in_all, _ = load_test_images(args, checkpoint)
     batches = data.loader(share, min(args.batch_size, args.max_batch), args.workers)
     if args.audit:
+        if common.world() > 1:
+            raise UserError("--audit runs in one process, without torchrun")
         name, defense = defenses[-1]
         images, labels = (torch.cat(values).to(device) for values in zip(*batches))
         common.seed_epoch(args.seed, 0)

@@ -36,9 +36,9 @@ def evaluation_flags(add, images):
     add("--autoencoder", type=common.run_path, metavar="RUN", help="folder or file; default: the one the classifier was "
         "trained behind")
     add("--sigma", nargs="+", type=lambda text: text if text == "off" else common.number(float)(text),
-        metavar="S", help="sigmas to test, 'off' for undefended; default off for an undefended "
-        f"classifier, for De³ {data.DATASETS['digits']['test']} (digits) or "
-        f"{data.DATASETS['FOLDER']['test']}")
+        metavar="S", help=f"sigmas to test, 'off' for undefended; default off and, for De³, "
+        f"{data.DATASETS['digits']['test']} (digits) or {data.DATASETS['FOLDER']['test']}; a classifier "
+        "given by --classifier is tested at all of them, also one trained undefended")
     add("--mask-ratio", nargs="+", type=common.ratio, default=[0.25, 0.5, 0.75], metavar="R",
         help="behind MIM: ratios to test, default 0.25 0.5 0.75")
     add("--votes", type=common.count, default=1, help="draws that De³ averages for one answer, default 1")
@@ -59,6 +59,10 @@ def load_defenses(args, device, straight_through=True):
         classifier, checkpoint = common.load_finished(
             folder, "classifier", common.command("finetune.py", args), device, args)
         mode, sigmas, ratios, autoencoder = checkpoint["mode"], args.sigma, [None], None
+        if sigmas and not args.classifier:  # the default pair: each as it was trained
+            sigmas = [sigma for sigma in sigmas if (sigma == "off") == (mode == "clean")]
+            if not sigmas:
+                continue
         if mode == "de3" or (mode == "clean" and sigmas and sigmas != ["off"]):
             inside = mode == "de3" or (folder.parent / "checkpoint.pt").exists()
             source = args.autoencoder or (folder.parent if inside else behind)
@@ -98,8 +102,8 @@ def arguments():
     add("--eps", type=common.eps, default=16 / 255, help="of the attack in defend.png, 16/255")
     add("--steps", type=common.count, default=20, help="of the attack in defend.png, default 20")
     add("--eot", type=common.count, default=8, help="draws per gradient there, default 8")
-    add("--dial", nargs="+", type=common.number(int), metavar="SEED", help="the comparison of README's "
-        "second table, over these seeds; digits only")
+    add("--dial", nargs="+", type=common.number(int), metavar="SEED", help="mean and spread over "
+        "these seeds of the defenses in DIAL, on the digits; names the models that are missing")
     add("--certify", action="store_true", help="certified accuracy of the majority vote over noise")
     add("--n0", type=common.count, default=100, help="draws that guess the class, default 100")
     add("--n", type=common.count, default=1000, help="draws that bound its probability, default 1000")
@@ -188,7 +192,8 @@ def certify_all(args, name, defense, share, device):
         certified = sum(result >= radius for result in results) / len(results)
         print(f"{radius:9.1f}  {100 * certified:20.1f}")
     corner = image.numel() ** 0.5 / 255
-    print(f"\nThe radius is an L2 length over all pixels. A corner of the Linf ball is much farther: "
+    most = defense.sigma.a / 255 * NormalDist().inv_cdf(lower_bound(args.n, args.n))
+    print(f"\n{args.n} draws certify {most:.2f} at most (--n). The radius is an L2 length over all pixels. A corner of the Linf ball is much farther: "
           f"{8 * corner:.2f} at eps 8/255, {16 * corner:.2f} at 16/255.\n", flush=True)
     return rows
 
@@ -321,10 +326,13 @@ def main():
     adversarial = pgd(defense, images, labels, args.eps, args.steps, eot=args.eot)
     with torch.no_grad():
         noisy = add_noise(adversarial, defense.sigma.a if defense.sigma else 0)
-        purified = defense.purify(adversarial)
+        if defense.sigma and defense.autoencoder:  # the noise that is shown is the noise removed
+            purified = defense.autoencoder.reconstruct(noisy, adversarial).clamp(0, 1)
+        else:
+            purified = defense.purify(adversarial)
         rows = [(title, shown, model(shown.clamp(0, 1)).argmax(1)) for title, shown, model in [
             ("original", images, undefended), ("attacked,\nno defense", fooling, undefended),
-            ("attacked\nthrough De3", adversarial, defense), ("noisy", noisy, undefended),
+            ("attacked\nthrough De3", adversarial, undefended), ("noisy", noisy, undefended),
             ("denoised", purified, defense.classifier)]]
     picture(common.runs_folder(args) / "defend.png", rows, classes)
 

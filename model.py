@@ -296,7 +296,7 @@ def check_images(images):
 class De3(nn.Module):
     """De³: x -> x + ε·σ/255 -> autoencoder -> clamp to [0, 1] -> classifier -> logits.
 
-    From [0, 1] images [B, 3, H, W] to logits [B, classes], random at every call.
+    From [0, 1] images [B, 3, H, W] to logits [B, classes], random at every call; in evaluation mode.
     autoencoder: is frozen; None: noise and clamp without denoising (the ablation).
     classifier: any nn.Module from [0, 1] images to logits.
     sigma: a number or NoiseScale (one draw per image); None, without mask_ratio: undefended.
@@ -319,6 +319,7 @@ class De3(nn.Module):
         self.mask_ratio, self.keep_visible = mask_ratio, keep_visible
         self.votes, self.straight_through = votes, straight_through
         self.defended = masks or sigma is not None
+        self.eval()
 
     def purify(self, images):
         """The images that the classifier sees, in [0, 1]; the input itself when undefended."""

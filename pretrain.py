@@ -91,6 +91,7 @@ def plan(args, images):
 
 def dry_run(args, model, train_one, images, batch, parts, steps):
     """Print what the flags come to; train_one: the loss of one image."""
+    model.eval()  # batch norm takes no single image in training mode
     with FlopCounterMode(display=False) as counter:
         train_one().backward()
     parameters = sum(parameter.numel() for parameter in model.parameters())
