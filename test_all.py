@@ -848,7 +848,7 @@ def linear_on_digits():
 class TestAudit(unittest.TestCase):
     def suspicious(self, kind):
         model, (images, labels) = linear_on_digits()
-        checks = seeded(lambda: attack.audit(kind(None, model, 20), images[:60], labels[:60], 0.05, 10,
+        checks = seeded(lambda: attack.audit(kind(None, model, 20), images[:50], labels[:50], 0.05, 10,
                                              2, 5, 400))
         return [name for name, figures, holds in checks if not holds]
 
@@ -871,7 +871,7 @@ class TestAudit(unittest.TestCase):
 
     def test_exit_code(self):
         runs, *_ = digits_runs()
-        flags = ("--audit", "--runs", runs, "--images", 10, "--steps", 2, "--eot", 1)
+        flags = ("--audit", "--runs", runs, "--images", 4, "--draws", 1, "--steps", 1, "--eot", 1)
         for holds, code in ((True, 0), (False, 1)):
             with mock.patch.object(attack, "audit", return_value=[("a check", "1.0", holds)]):
                 result = run("attack", *flags)
@@ -1163,7 +1163,8 @@ def process(script, *arguments):
     return subprocess.Popen(
         [sys.executable, REPOSITORY / f"{script}.py", *map(str, arguments), "--device", "cpu"],
         text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=REPOSITORY,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"})
+        env={**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"},
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))  # a shell's & ignores it
 
 
 def new_folder():
