@@ -16,6 +16,7 @@ import csv
 import io
 import math
 import os
+import time
 from pathlib import Path
 from statistics import NormalDist, mean, stdev
 
@@ -298,10 +299,10 @@ def main():
 
     # clean accuracy, and the PSNR of what the classifier sees, over sigma
     print(f"{images_in_all} {args.split} images, votes {args.votes}, seed {args.seed}\n\n"
-          f"{'defense':34} {'level':>12}  clean accuracy %  PSNR dB")
+          f"{'defense':34} {'level':>12}  clean accuracy %  PSNR dB  images/s")
     for name, defense in defenses:
         common.seed_epoch(args.seed, 0)
-        hits = quality = 0
+        start, hits, quality = time.time(), 0, 0
         for images, labels in batches:
             images, labels = images.to(device), labels.to(device)
             with torch.no_grad():
@@ -309,7 +310,8 @@ def main():
                 quality += common.psnr(defense.purify(images), images).sum().item()
         hits, quality = (value / images_in_all for value in common.total(hits, quality))
         shown = f"{quality:7.2f}" if defense.defended else "      -"
-        print(f"{name:34} {level_text(defense):>12}  {100 * hits:16.1f}  {shown}")
+        print(f"{name:34} {level_text(defense):>12}  {100 * hits:16.1f}  {shown}  "
+              f"{images_in_all / (time.time() - start):8.0f}")
 
     # the picture: the undefended classifier's answer first, then De³'s middle level
     defended = [defense for _, defense in defenses if defense.defended]

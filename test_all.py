@@ -1267,7 +1267,7 @@ class TestStages(unittest.TestCase):
         (runs, *_), (de3, clean) = digits_runs(), digits_names()
         result = finished(run("defend", "--runs", runs, "--images", 20, "--votes", 2, "--steps", 2,
                               "--eot", 2))
-        rows = re.findall(r"^(\S+) +(off|sigma \d+) +([\d.]+) +([\d.]+|-)$", result.out, re.M)
+        rows = re.findall(r"^(\S+) +(off|sigma \d+) +([\d.]+) +([\d.]+|-) +\d+$", result.out, re.M)
         self.assertEqual([row[:2] for row in rows[:2]], [(clean, "off"), (de3, "sigma 0")])
         self.assertGreater(len(rows), 2)
         classifier, _ = common.load_finished(runs / "digits" / clean, "classifier", "", "cpu")
