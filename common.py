@@ -295,7 +295,8 @@ def published_state(path, key="model"):
     """State dict in a file of weights: ours, MAE's, NIM-AdvDef's ({key: state}), or timm's ViT."""
     file = read(path)
     for state in (file.get(key), file.get("model"), file) if isinstance(file, dict) else ():
-        if isinstance(state, dict) and "patch_embed.proj.weight" in state:
+        if isinstance(state, dict) and "patch_embed.proj.weight" in state and (
+                getattr(state.get("pos_embed"), "ndim", 3) == 3):
             return {name: value for name, value in state.items() if torch.is_tensor(value)}
     raise UserError(f"{path} holds no ViT weights under the names of MAE and timm")
 

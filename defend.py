@@ -231,13 +231,13 @@ def dial(args):
                 missing["python pretrain.py " + PRETRAINED[pretrained] + seeded] = None
             if not (folder / "checkpoint.pt").exists():
                 missing[f"python finetune.py --autoencoder {source} {made_with}{seeded}"] = None
-            folders[label, seed] = f"--classifier {folder} {levels} --seed {seed}"
+            folders[label, seed] = ["--classifier", str(folder), *levels.split(), "--seed", str(seed)]
     if missing:
         raise UserError("models are missing; make them with: " + " && ".join(missing))
     for (label, _), flags in folders.items():
-        for row in attack.main(f"{flags} --attack pgd pgd+eot --eps {args.eps} --steps {args.steps} --eot "
-                               f"{args.eot} --images {args.images} --split {args.split} --runs {args.runs} "
-                               f"--device {args.device}".split()):
+        for row in attack.main(flags + ["--runs", args.runs] + (
+                f"--attack pgd pgd+eot --eps {args.eps} --steps {args.steps} --eot {args.eot} --images "
+                f"{args.images} --split {args.split} --device {args.device}").split()):
             level = f"sigma {row['sigma']:g}" if row["sigma"] != "" else f"mask {row['mask_ratio']}"
             cell = cells.setdefault((label, "off" if level == "mask " else level), {})
             cell.setdefault("clean" if row["attack"] == "pgd" else "", []).append(row["clean_accuracy"])

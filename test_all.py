@@ -938,7 +938,7 @@ class TestDial(unittest.TestCase):
 
     def test_table(self):
         """Mean and standard deviation over seeds; without EOT and with it."""
-        runs = new_folder()
+        runs = new_folder() / "a folder"
         for name, (path, *_) in defend.DIAL.items():
             for suffix in ("", "_seed1"):
                 source, classifier = path.split("/")
@@ -948,6 +948,7 @@ class TestDial(unittest.TestCase):
                 (folder.parent / "checkpoint.pt").touch()
 
         def fake(argv):
+            self.assertIn(str(runs), argv)  # whole, with its blank
             seed, masked = int(argv[argv.index("--seed") + 1]), "--mask-ratio" in argv
             base = dict(defense="x", eps="0.06", images=9, mask_ratio=0.5 if masked else "",
                         clean_accuracy=90.0 + seed)
@@ -1557,6 +1558,7 @@ class TestPublished(unittest.TestCase):
                 ("pretrain", self.folder / "none.pth", "none.pth"), ("pretrain", half, "half.pth"),
                 ("pretrain", self.save({"model": {"w": torch.zeros(1)}}, "w.pth"), "no ViT"),
                 ("pretrain", self.save(RunsCode(trace), "code.pth"), "run code"),
+                ("pretrain", self.save({**state, "pos_embed": torch.zeros(9)}, "p.pth"), "no ViT"),
                 ("pretrain", self.save({"model": small_autoencoder(depth=4).state_dict()}, "s.pth"),
                  ("[1, 1, 16]", "[1, 1, 64]")),
                 ("pretrain", self.save({"model": small_autoencoder(**{**self.TINY, "depth": 3}
