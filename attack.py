@@ -14,7 +14,6 @@ of the defense (the mean over draws: one shot). Appends its rows to RUNS/<data>/
 
 import csv
 import importlib.util
-import io
 import re
 import sys
 import time
@@ -91,19 +90,12 @@ def strongest(model, candidates, labels, targets=None, draws=10):
     Highest error rate over fresh draws of the model, then highest mean margin: to choose on a
     single evaluation of a random model picks luck, not strength.
     """
-    best, best_errors, best_gain = None, None, None
-    for x in candidates:
-        with torch.no_grad():
-            gains = torch.stack([objective(model(x), labels, targets, "margin")
-                                 for _ in range(draws)])  # [draws, B]
-        errors, gain = (gains > 0).double().mean(0), gains.mean(0)
-        if best is None:
-            best, best_errors, best_gain = x, errors, gain
-            continue
-        better = (errors > best_errors) | ((errors == best_errors) & (gain > best_gain))
-        best = torch.where(better.view(-1, 1, 1, 1), x, best)
-        best_errors, best_gain = errors.where(better, best_errors), gain.where(better, best_gain)
-    return best
+    with torch.no_grad():
+        gains = torch.stack([torch.stack([objective(model(x), labels, targets, "margin")
+                                          for _ in range(draws)]) for x in candidates])
+    errors, gain = (gains > 0).double().mean(1), gains.mean(1)  # [candidates, B]
+    best = gain.where(errors == errors.amax(0), -torch.inf).argmax(0)
+    return torch.stack(candidates)[best, torch.arange(len(labels), device=best.device)]
 
 
 def pgd(model, images, labels, eps, steps, step_size=None, norm="linf", random_start=True,
@@ -231,9 +223,7 @@ def plot(path, rows, title):
     axes.set(xlabel="sigma at test time (8-bit units)", ylabel="accuracy (%)", ylim=(0, 100))
     axes.set_title(title, fontsize=8)
     axes.legend(fontsize=5, loc="upper left", bbox_to_anchor=(1, 1))
-    buffer = io.BytesIO()
-    figure.savefig(buffer, dpi=150, bbox_inches="tight")
-    common.write_whole(path, buffer.getbuffer())
+    common.write_whole(path, lambda file: figure.savefig(file, dpi=150, bbox_inches="tight"))
     print(f"wrote {path}")
 
 
@@ -336,8 +326,9 @@ def main(argv=None):
     share, images_in_all, _ = load_test_images(args, checkpoint)
     batches = data.loader(share, min(args.batch_size, args.max_batch), args.workers)
     if args.audit:
-        if common.world() > 1:
-            raise UserError("--audit runs in one process, without torchrun")
+        if common.world() > 1 or args.norm != "linf" or args.threat != "white" or args.plain_clamp:
+            raise UserError("--audit is linf and white-box, in one process, and tries both gradients of "
+                            "the clamp: leave out torchrun, --norm, --threat and --plain-clamp")
         name, defense = defenses[-1]
         images, labels = (torch.cat(values).to(device) for values in zip(*batches))
         common.seed_epoch(args.seed, 0)
@@ -387,11 +378,10 @@ def main(argv=None):
             rows.append({
                 "defense": name, "sigma": level, "votes": args.votes, "attack": attack,
                 "mask_ratio": "" if defense.mask_ratio is None else defense.mask_ratio,
-                "norm": args.norm, "eps": f"{eps:.6g}", "steps": settings["steps"],
-                "step_size": f"{settings['step_size']:.6g}", "eot": settings["eot"],
-                "restarts": settings["restarts"], "loss": "+".join(args.loss),
-                "threat": args.threat + "-plainclamp" * args.plain_clamp, "images": images_in_all,
-                "seed": args.seed, "clean_accuracy": round(clean, 2),
+                **{key: settings[key] for key in ("steps", "restarts", "eot")}, "norm": args.norm,
+                "eps": f"{eps:.6g}", "step_size": f"{settings['step_size']:.6g}",
+                "loss": "+".join(args.loss), "threat": args.threat + "-plainclamp" * args.plain_clamp,
+                "images": images_in_all, "seed": args.seed, "clean_accuracy": round(clean, 2),
                 "robust_accuracy": round(robust, 2), "seconds": round(seconds, 1)})
             append_row(table, rows[-1])
             shown = "off" if not defense.defended else (

@@ -190,13 +190,14 @@ def command(script, args):
                                             if value != usual])
 
 
-def write_whole(path, content):
-    """Write bytes beside `path`, then move them into place: a kill leaves the old file whole."""
-    temporary = path.with_suffix(".tmp")
+def write_whole(path, save):
+    """save(file) beside `path`, then move into place: a kill leaves the old file whole."""
+    buffer, temporary = io.BytesIO(), path.with_suffix(".tmp")
+    save(buffer)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(temporary, "wb") as file:
-            file.write(content)
+            file.write(buffer.getbuffer())
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
@@ -209,9 +210,7 @@ def write_whole(path, content):
 
 def save_checkpoint(path, checkpoint):
     if rank() == 0:
-        buffer = io.BytesIO()
-        torch.save(checkpoint, buffer)
-        write_whole(path, buffer.getbuffer())
+        write_whole(path, lambda file: torch.save(checkpoint, file))
 
 
 def read(path):

@@ -27,7 +27,7 @@ from model import IMAGENET_MEAN, IMAGENET_STD, UserError
 
 PAPER = dict(pretrain="gamma:25,3", finetune="uniform:0,30", test="0 35 70 140")
 DATASETS = {  # size, sigma of pretraining, of fine-tuning, at test time; what the models normalize by
-    "digits": dict(size="tiny", pretrain="gamma:10,12", finetune="uniform:0,120", test="0 50",
+    "digits": dict(size="tiny", pretrain="gamma:10,12", finetune="uniform:100,400", test="0 50",
                    mean=(0.306,) * 3, std=(0.324,) * 3),
     "cifar10": dict(PAPER, size="small", mean=(0.4914, 0.4822, 0.4465), std=(0.2470, 0.2435, 0.2616)),
     "FOLDER": dict(PAPER, size="base", mean=IMAGENET_MEAN, std=IMAGENET_STD),
@@ -72,9 +72,9 @@ shift_digit = v2.RandomAffine(degrees=8, translate=(0.08, 0.08), scale=(0.9, 1.1
 def shift(images):
     """The augmentation of the digits: images [B, 3, S, S], rotated, shifted and scaled a little.
 
-    Four images share one draw: torchvision draws once per call, and calls cost time.
+    Eight images share one draw: torchvision draws once per call, and calls cost time.
     """
-    return torch.cat([shift_digit(four) for four in images.split(4)])
+    return torch.cat([shift_digit(eight) for eight in images.split(8)])
 
 
 def read_image(path):

@@ -32,20 +32,23 @@ from model import De3, UserError, add_noise
 
 def evaluation_flags(add, images):
     """The flags of both evaluating stages."""
-    add("--classifier", nargs="+", type=common.run_path, metavar="RUN", help="folders of finetune.py's runs, or files of "
-        "published weights; default: the undefended and the De³ classifier made by default")
-    add("--autoencoder", type=common.run_path, metavar="RUN", help="folder or file; default: the one the classifier was "
-        "trained behind")
-    add("--sigma", nargs="+", type=lambda text: text if text == "off" else common.number(float)(text),
-        metavar="S", help=f"sigmas to test, 'off' for undefended; default off and, for De³, "
-        f"{data.DATASETS['digits']['test']} (digits) or {data.DATASETS['FOLDER']['test']}; a classifier "
-        "given by --classifier is tested at all of them, also one trained undefended")
+    add("--classifier", nargs="+", type=common.run_path, metavar="RUN",
+        help="folders of finetune.py's runs, or files of published weights; default: the undefended "
+        "and the De³ classifier made by default")
+    add("--autoencoder", type=common.run_path, metavar="RUN",
+        help="folder or file; default: the one the classifier was trained behind")
+    add("--sigma", nargs="+", metavar="S",
+        type=lambda text: text if text == "off" else common.number(float)(text),
+        help="sigmas to test, 'off' for undefended; default off and, for De³, "
+        f"{data.DATASETS['digits']['test']} (digits) or {data.DATASETS['FOLDER']['test']}; a "
+        "classifier given by --classifier is tested at all of them, also one trained undefended")
     add("--mask-ratio", nargs="+", type=common.ratio, default=[0.25, 0.5, 0.75], metavar="R",
         help="behind MIM: ratios to test, default 0.25 0.5 0.75")
-    add("--votes", type=common.count, default=1, help="draws that De³ averages for one answer, default 1")
+    add("--votes", type=common.count, default=1, help="draws that De³ averages, default 1")
     add("--split", choices=["train", "val", "test"], default="test",
         help="default test; only the digits tell val from test")
-    add("--images", type=common.count, default=images, help=f"how many, evenly spread; default {images}")
+    add("--images", type=common.count, default=images,
+        help=f"how many, evenly spread; default {images}")
     add("--batch-size", type=common.count, default=120, help="default 120")
 
 
@@ -194,21 +197,23 @@ def certify_all(args, name, defense, share, device):
         print(f"{radius:9.1f}  {100 * certified:20.1f}")
     corner = image.numel() ** 0.5 / 255
     most = defense.sigma.a / 255 * NormalDist().inv_cdf(lower_bound(args.n, args.n))
-    print(f"\n{args.n} draws certify {most:.2f} at most (--n). The radius is an L2 length over all pixels. A corner of the Linf ball is much farther: "
-          f"{8 * corner:.2f} at eps 8/255, {16 * corner:.2f} at 16/255.\n", flush=True)
+    print(f"\n{args.n} draws certify {most:.2f} at most (--n). The radius is an L2 length over all pixels. "
+          f"A corner of the Linf ball is much farther: {8 * corner:.2f} at eps 8/255, "
+          f"{16 * corner:.2f} at 16/255.\n", flush=True)
     return rows
 
 
 DIAL = {  # of the digits: (run, what finetune.py makes it with, sigmas or mask ratios to test)
     "undefended": ("nim_gamma10-12/clean", "--clean", ""),
     "adversarial training": ("nim_gamma10-12/clean_adversarial16", "--adversarial 16/255", ""),
-    "noise only": ("nim_gamma10-12/no-denoise_uniform0-120", "--no-denoise", "--sigma 50 100"),
-    "NIM, Gamma(10, 12)": ("nim_gamma10-12/de3_uniform0-120", "--de3", "--sigma 0 50 100 150"),
-    "NIM, fixed 120": ("nim_120/de3_uniform0-120", "--de3", "--sigma 0 50 100 150"),
+    "noise only": ("nim_gamma10-12/no-denoise_uniform0-120", "--no-denoise --sigma uniform:0,120",
+                   "--sigma 50 100"),
+    "NIM, Gamma(10, 12)": ("nim_gamma10-12/de3_uniform100-400", "--de3", "--sigma 0 100 200"),
+    "NIM, fixed 120": ("nim_120/de3_uniform100-400", "--de3", "--sigma 0 100 200"),
     "NIM, Gamma(25, 3)": ("nim_gamma25-3/de3_uniform0-30", "--de3 --sigma uniform:0,30",
-                          "--sigma 0 50 100 150"),
-    "MIM, whole output": ("mim_0.75/de3", "--de3", "--mask-ratio 0.25 0.5 0.75"),
-    "MIM, visible kept": ("mim_0.75/de3_visible", "--de3 --keep-visible", "--mask-ratio 0.25 0.5 0.75"),
+                          "--sigma 0 100 200"),
+    "MIM, whole output": ("mim_0.75/de3", "--de3", "--mask-ratio 0.5 0.75"),
+    "MIM, visible kept": ("mim_0.75/de3_visible", "--de3 --keep-visible", "--mask-ratio 0.5 0.75"),
 }
 PRETRAINED = {"nim_gamma10-12": "", "nim_120": "--sigma 120", "nim_gamma25-3": "--sigma gamma:25,3",
               "mim_0.75": "--task mim"}
@@ -267,9 +272,7 @@ def picture(path, rows, classes):
             sheet.paste(to_pil_image(image).resize((cell, cell), Image.NEAREST),
                         (left + j * (cell + 4), top))
             draw.text((left + j * (cell + 4), top + cell), classes[predicted[j]][:10], fill="black")
-    buffer = io.BytesIO()
-    sheet.save(buffer, "png")
-    common.write_whole(path, buffer.getbuffer())
+    common.write_whole(path, lambda file: sheet.save(file, "png"))
     print(f"wrote {path}")
 
 
@@ -293,7 +296,7 @@ def main():
             common.seed_epoch(args.seed, 0)
             table.writerows(certify_all(args, name, defense, share, device))
         path = common.runs_folder(args) / "certify.csv"
-        common.write_whole(path, text.getvalue().encode())
+        common.write_whole(path, lambda file: file.write(text.getvalue().encode()))
         return print(f"wrote {path}")
     batches = data.loader(share, min(args.batch_size, args.max_batch), args.workers)
 

@@ -28,7 +28,7 @@ from model import SIZES, De3, NoiseScale, UserError, make_classifier
 IMAGENET = dict(epochs=100, batch_size=1024, base_lr=1e-3, warmup_epochs=5, layer_decay=0.75,
                 drop_path=0.1)
 RECIPES = {  # the paper's from base on; tiny was chosen on the validation images of the digits
-    "tiny": dict(epochs=32, batch_size=32, base_lr=3.2e-2, warmup_epochs=3, layer_decay=1.0,
+    "tiny": dict(epochs=48, batch_size=32, base_lr=3.2e-2, warmup_epochs=4, layer_decay=1.0,
                  drop_path=0.0),
     "tiny resnet18": dict(epochs=12, batch_size=128, base_lr=2e-3, warmup_epochs=1,
                           layer_decay=1.0, drop_path=0.0),
@@ -47,8 +47,8 @@ def arguments():
                        ("clean", "train only the undefended classifier"),
                        ("no-denoise", "train on noisy images that are not denoised")]:
         mode.add_argument(f"--{name}", action="store_const", dest="mode", const=name, help=text)
-    add("--autoencoder", type=common.run_path, metavar="RUN", help="folder of the pretraining run, or a file of published "
-        "weights; default: the run that pretrain.py makes by default")
+    add("--autoencoder", type=common.run_path, metavar="RUN", help="folder of the pretraining run, or "
+        "a file of published weights; default: the run that pretrain.py makes by default")
     add("--sigma", type=NoiseScale.parse, help="noise scale in 8-bit units, one draw per image; "
         f"default uniform:0,30, digits {data.DATASETS['digits']['finetune']}")
     add("--mask-ratio", type=common.ratio, default=0.75,
@@ -62,7 +62,7 @@ def arguments():
     add("--drop-path", type=common.number(float, 0, 0.99), help="default 0.1 (0 tiny, 0.2 huge)")
     add("--augment", action=argparse.BooleanOptionalAction, help="crop, flip, RandAugment, erasing, "
         "MixUp/CutMix, label smoothing; default: with 10,000 training images or more; the digits "
-        "are only shifted, by default unless --adversarial")
+        "are only shifted and their labels smoothed, by default unless --adversarial")
     pretrain.training_flags(add, RECIPES)
     args = result.parse_args()
     common.fill_in(args, RECIPES, args.classifier)
@@ -120,7 +120,7 @@ def train(args, mode, device):
         start_from_autoencoder(classifier, autoencoder)
     optimizer = torch.optim.AdamW(
         pretrain.parameter_groups(classifier, args.weight_decay, args.layer_decay),
-        betas=(0.9, 0.999), fused=device.type == "cuda")
+        betas=(0.9, 0.999), fused=True)
     parent = common.runs_folder(args) / source.stem if source.is_file() else source
     path = common.variant(
         parent if autoencoder else common.runs_folder(args), args, mode,
@@ -174,12 +174,11 @@ def train(args, mode, device):
                     with torch.no_grad():
                         purified = defense.purify(images)
                     logits = model(purified)
-                    loss = F.cross_entropy(logits, targets,
-                                           label_smoothing=0.1 if augment and not digits else 0.0)
+                    loss = F.cross_entropy(logits, targets, label_smoothing=0.1 if augment else 0.0)
                 pretrain.backward(loss, parts, step)
             if last:
-                lr = pretrain.learning_rate(step, args.epochs * steps, args.warmup_epochs * steps, peak,
-                                          final=1e-6)
+                lr = pretrain.learning_rate(step, args.epochs * steps, args.warmup_epochs * steps,
+                                            peak, final=1e-6)
                 pretrain.update(optimizer, lr)
             mixed = targets is not labels
             progress.add(loss.item(), len(images),

@@ -38,7 +38,8 @@ def training_flags(add, recipes):
         return "default " + ", ".join(f"{recipes[key][name]:g} ({key})" for key in recipes)
     add("--epochs", type=common.count, help=text("epochs"))
     add("--batch-size", type=common.count, help=text("batch_size"))
-    add("--base-lr", type=common.number(float, 1e-12, 1e30), help="lr = this x batch/256; " + text("base_lr"))
+    add("--base-lr", type=common.number(float, 1e-12, 1e30),
+        help="lr = this x batch/256; " + text("base_lr"))
     add("--warmup-epochs", type=common.number(float), help=text("warmup_epochs"))
     add("--weight-decay", type=common.number(float, 0, 10), default=0.05, help="default 0.05")
     add("--init", metavar="FILE", help="start from published weights: MAE's, NIM-AdvDef's, timm's "
@@ -217,7 +218,7 @@ def main():
         common.initialize_from_file(autoencoder, args.init)
     autoencoder.mask_token.requires_grad_(args.task == "mim")  # NIM does not use it
     optimizer = torch.optim.AdamW(parameter_groups(autoencoder, args.weight_decay),
-                                  betas=(0.9, 0.95), fused=device.type == "cuda")
+                                  betas=(0.9, 0.95), fused=True)
     if args.dry_run:
         one = torch.zeros(1, 3, args.image_size, args.image_size, device=device)
         masking = dict(mask_ratio=args.mask_ratio) if args.task == "mim" else dict(noisy=one)
@@ -245,8 +246,7 @@ def main():
                 backward(loss, parts, step)
             progress.add(loss.item(), len(images))
             if last:
-                lr = learning_rate(step, args.epochs * steps, args.warmup_epochs * steps, peak,
-                                          final=0.0)
+                lr = learning_rate(step, args.epochs * steps, args.warmup_epochs * steps, peak, 0.0)
                 update(optimizer, lr)
         common.save_checkpoint(path, {
             "kind": "autoencoder", "config": config, "task": args.task, "settings": settings,

@@ -877,6 +877,8 @@ class TestAudit(unittest.TestCase):
                 result = run("attack", *flags)
             self.assertEqual((result.code, "SUSPICIOUS" in result.out), (code, not holds))
         self.assertRegex(run("attack", *flags).out, "holds +random noise")
+        for extra in (["--norm", "l2"], ["--threat", "gray"], ["--plain-clamp"]):
+            TestBadInput().assert_refused(run("attack", *flags, *extra), (extra[0], "leave out"))
 
 
 class TestCertificate(unittest.TestCase):
@@ -1024,6 +1026,17 @@ class TestCommon(unittest.TestCase):
         a = torch.zeros(2, 3, 4, 4)
         b = a + torch.tensor([0.1, 0.01]).view(2, 1, 1, 1)
         assert_near(common.psnr(b, a), torch.tensor([20., 40.]), atol=1e-3)
+
+    def test_autocast(self):
+        """bfloat16 where --bf16 says so; without the flag on a GPU only, and only in training."""
+        product = lambda: torch.ones(2, 2) @ torch.ones(2, 2)
+        for bf16, expected in ((True, torch.bfloat16), (False, torch.float32), (None, torch.float32)):
+            with common.autocast(mock.Mock(bf16=bf16), torch.device("cpu"), default=True):
+                self.assertEqual(product().dtype, expected)
+        for default in (True, False):
+            with mock.patch("torch.autocast") as autocast:
+                common.autocast(mock.Mock(bf16=None), torch.device("cuda"), default)
+            self.assertEqual(autocast.call_args.kwargs["enabled"], default)
 
     def checkpoint(self, **changes):
         return dict(dict(kind="autoencoder", config={}, model={}, epoch=1, epochs=1), **changes)
