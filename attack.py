@@ -208,7 +208,7 @@ def plot(path, rows, title):
         for label, style, column in found if row["mask_ratio"] == "" else ():
             lines.setdefault((label, style), {}).setdefault(row["sigma"], []).append(row[column])
     sigmas = {row["sigma"] for row in rows} - {""}
-    if len(sigmas) < 2 or not importlib.util.find_spec("matplotlib"):
+    if common.rank() > 0 or len(sigmas) < 2 or not importlib.util.find_spec("matplotlib"):
         return
     from matplotlib.figure import Figure
     figure = Figure(figsize=(8, 5))
@@ -300,7 +300,7 @@ def audit(defense, images, labels, eps, steps, eot, draws, max_batch):
 def arguments(argv=None):
     result = common.parser(__doc__)
     add = result.add_argument
-    evaluation_flags(add, images=120)
+    evaluation_flags(add, images="80, with --audit 120")
     add("--attack", nargs="+", choices=["fgsm", "pgd", "pgd+eot"], default=["fgsm", "pgd", "pgd+eot"],
         help="default: all three")
     add("--eps", nargs="+", type=common.eps, default=[8 / 255, 16 / 255], metavar="E",
@@ -316,7 +316,9 @@ def arguments(argv=None):
     add("--draws", type=common.count, default=5, help="fresh draws that score a defense, default 5")
     add("--audit", action="store_true", help="check the last defense chosen (default De³), and the "
         "attack, at the largest eps; exit code 1 if anything is suspicious")
-    return common.fill_in(result.parse_args(argv))
+    args = common.fill_in(result.parse_args(argv))
+    args.images = args.images or (120 if args.audit else 80)
+    return args
 
 
 def main(argv=None):
@@ -372,8 +374,7 @@ def main(argv=None):
                                      draws, settings)
             robust, seconds = common.total(robust)[0] * 100 / images_in_all, time.time() - start
             gradients = images_in_all * settings["steps"] * settings["eot"] * settings["restarts"]
-            speed = "stopped early" if settings["early_stop"] else round(
-                gradients * len(args.loss) / seconds)
+            speed = round(gradients * len(args.loss) / seconds)
             level = defense.sigma.a if defense.sigma else ""
             rows.append({
                 "defense": name, "sigma": level, "votes": args.votes, "attack": attack,
@@ -386,13 +387,12 @@ def main(argv=None):
             append_row(table, rows[-1])
             shown = "off" if not defense.defended else (
                 f"{level:g}" if level != "" else f"mask {defense.mask_ratio:g}")
-            radius = f"{255 * eps:g}/255" if args.norm == "linf" else f"{eps:g}"
-            print(f"{name:34} {shown:>8} {radius:>7}  {attack:8} "
+            ball = f"{255 * eps:g}/255" if args.norm == "linf" else f"{eps:g}"
+            print(f"{name:34} {shown:>8} {ball:>7}  {attack:8} "
                   f"{interval(clean, images_in_all):>19} {interval(robust, images_in_all):>19} "
-                  f"{seconds:8.1f} {speed:>13}", flush=True)
+                  f"{seconds:8.1f} {'stopped early' if settings['early_stop'] else speed:>13}", flush=True)
     print(f"\nwrote {table}")
-    if common.rank() == 0:
-        plot(table.with_name("tradeoff.png"), rows, title)
+    plot(table.with_name("tradeoff.png"), rows, title)
     return rows
 
 

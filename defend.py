@@ -47,8 +47,7 @@ def evaluation_flags(add, images):
     add("--votes", type=common.count, default=1, help="draws that De³ averages, default 1")
     add("--split", choices=["train", "val", "test"], default="test",
         help="default test; only the digits tell val from test")
-    add("--images", type=common.count, default=images,
-        help=f"how many, evenly spread; default {images}")
+    add("--images", type=common.count, help=f"how many, evenly spread; default {images}")
     add("--batch-size", type=common.count, default=120, help="default 120")
 
 
@@ -102,7 +101,7 @@ def arguments():
     result = common.parser(__doc__)
     add = result.add_argument
     add("photos", nargs="*", help="image files to purify and classify")
-    evaluation_flags(add, images=1000)
+    evaluation_flags(add, images="1000")
     add("--eps", type=common.eps, default=16 / 255, help="of the attack in defend.png, 16/255")
     add("--steps", type=common.count, default=20, help="of the attack in defend.png, default 20")
     add("--eot", type=common.count, default=8, help="draws per gradient there, default 8")
@@ -111,7 +110,9 @@ def arguments():
     add("--certify", action="store_true", help="certified accuracy of the majority vote over noise")
     add("--n0", type=common.count, default=100, help="draws that guess the class, default 100")
     add("--n", type=common.count, default=1000, help="draws that bound its probability, default 1000")
-    return common.fill_in(result.parse_args())
+    args = common.fill_in(result.parse_args())
+    args.images = args.images or 1000
+    return args
 
 
 def level_text(defense):

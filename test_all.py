@@ -1095,6 +1095,19 @@ class TestData(unittest.TestCase):
         self.assertAlmostEqual(train.mean().item(), mean[0], delta=0.01)
         self.assertAlmostEqual(train.std().item(), std[0], delta=0.01)
 
+    def test_shift(self):
+        """Moved a little, still in [0, 1]; eight images share one draw."""
+        images = data.load_dataset("digits", "train", 32)[:1][0].expand(16, -1, -1, -1)
+        moved = seeded(lambda: data.shift(images))
+        self.assertTrue(0 <= moved.min() and moved.max() <= 1)
+        for start in (0, 8):
+            assert_near(moved[start:start + 8], moved[start].expand(8, -1, -1, -1))
+        rows = torch.arange(32.0)
+        center = [(x[:, 0].sum(2) * rows).sum(1) / x[:, 0].sum((1, 2)) for x in (images, moved)]
+        self.assertTrue((0.01 < (center[0] - center[1]).abs()).all())
+        self.assertTrue(((center[0] - center[1]).abs() < 5).all())
+        self.assertNotAlmostEqual(center[1][0].item(), center[1][8].item(), places=3)
+
     def test_transforms(self):
         photo = Image.fromarray(np.random.default_rng(0).integers(0, 256, (50, 70, 3), np.uint8))
         for transform in (data.pretrain_transform, data.finetune_transform, data.eval_transform):
@@ -1229,8 +1242,8 @@ def finished(result):
 def digits_runs():
     """Short default runs on the digits: (runs, pretrain's Result, finetune's Result)."""
     runs = new_folder()
-    return (runs, finished(run("pretrain", "--runs", runs, *training(2, 32, 1))),
-            finished(run("finetune", "--runs", runs, *training(2, 32, 1))))
+    return (runs, finished(run("pretrain", "--runs", runs, *training(3, 32, 1))),
+            finished(run("finetune", "--runs", runs, *training(4, 32, 1))))
 
 
 def digits_names():
@@ -1275,7 +1288,7 @@ class TestStages(unittest.TestCase):
         self.assertEqual([path.parents[1] for path in finetuned.wrote()], [folder, folder])
         for kind in ("de3 at sigma uniform.*", "clean"):
             accuracy, = re.findall(rf"^{kind}: ([\d.]+)% of 240 val", finetuned.out, re.M)
-            self.assertGreater(float(accuracy), 25)  # chance is 10
+            self.assertGreater(float(accuracy), 18)  # chance is 10
 
     def test_defend(self):
         (runs, *_), (de3, clean) = digits_runs(), digits_names()
@@ -1487,6 +1500,19 @@ class TestFolder(unittest.TestCase):
             for call in losses.call_args_list:
                 self.assertEqual(call.args[1].dim(), 1 + augmented)  # mixed labels
                 self.assertEqual(call.kwargs["label_smoothing"], 0.1 * augmented)
+
+    def test_augmented_digits(self):
+        """Shifted, labels smoothed; by default not in adversarial training."""
+        for flags, augmented in (((), True), (("--no-augment",), False),
+                                 (("--adversarial", "8/255"), False)):
+            with mock.patch.object(F, "cross_entropy", wraps=F.cross_entropy) as losses, \
+                    mock.patch.object(data, "shift", wraps=data.shift) as shift:
+                finished(run("finetune", "--clean", "--from-scratch", *flags, *training(1, 600),
+                             "--max-batch", 600, "--runs", new_folder()))
+            self.assertEqual(shift.call_count, int(augmented))
+            smoothing = {call.kwargs["label_smoothing"] for call in losses.call_args_list
+                         if "label_smoothing" in call.kwargs}
+            self.assertEqual(smoothing, {0.1 * augmented})
 
     def test_resnet18(self):
         _, result = self.purified("--de3", "--classifier", "resnet18")
