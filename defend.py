@@ -207,8 +207,7 @@ def certify_all(args, name, defense, share, device):
 DIAL = {  # of the digits: (run, what finetune.py makes it with, sigmas or mask ratios to test)
     "undefended": ("nim_gamma10-12/clean", "--clean", ""),
     "adversarial training": ("nim_gamma10-12/clean_adversarial16", "--adversarial 16/255", ""),
-    "noise only": ("nim_gamma10-12/no-denoise_uniform0-120", "--no-denoise --sigma uniform:0,120",
-                   "--sigma 50 100"),
+    "noise only": ("nim_gamma10-12/no-denoise_uniform100-400", "--no-denoise", "--sigma 100 200"),
     "NIM, Gamma(10, 12)": ("nim_gamma10-12/de3_uniform100-400", "--de3", "--sigma 0 100 200"),
     "NIM, fixed 120": ("nim_120/de3_uniform100-400", "--de3", "--sigma 0 100 200"),
     "NIM, Gamma(25, 3)": ("nim_gamma25-3/de3_uniform0-30", "--de3 --sigma uniform:0,30",
