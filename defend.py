@@ -193,11 +193,11 @@ def certify_all(args, name, defense, share, device):
                      hits, args.n, f"{radius:.6f}"])
     print(f"{name}, sigma {defense.sigma}: {len(share)} {args.split} images, class from {args.n0} draws, "
           f"bound from {args.n}, 99.9% confidence, seed {args.seed}\n\nL2 radius  certified accuracy %")
-    for radius in [step / 10 for step in range(10)]:
-        certified = sum(result >= radius for result in results) / len(results)
-        print(f"{radius:9.1f}  {100 * certified:20.1f}")
     corner = image.numel() ** 0.5 / 255
     most = defense.sigma.a / 255 * NormalDist().inv_cdf(lower_bound(args.n, args.n))
+    for radius in [step * most / 8 for step in range(9)]:
+        certified = sum(result >= radius for result in results) / len(results)
+        print(f"{radius:9.2f}  {100 * certified:20.1f}")
     print(f"\n{args.n} draws certify {most:.2f} at most (--n). The radius is an L2 length over all pixels. "
           f"A corner of the Linf ball is much farther: {8 * corner:.2f} at eps 8/255, "
           f"{16 * corner:.2f} at 16/255.\n", flush=True)

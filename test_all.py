@@ -922,7 +922,7 @@ class TestCertificate(unittest.TestCase):
     def test_stage(self):
         runs, *_ = digits_runs()
         result = finished(run("defend", "--certify", "--runs", runs, "--images", 5, "--n0", 5, "--n", 20))
-        self.assertRegex(result.out, r"L2 radius +certified accuracy %\n +0\.0 +[\d.]+\n")
+        self.assertRegex(result.out, r"L2 radius +certified accuracy %\n +0\.00 +[\d.]+\n")
         table = runs / "digits/certify.csv"
         self.assertEqual([row["draws"] for row in read_csv(table)], ["20"] * 5)
         old = table.read_bytes()
