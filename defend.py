@@ -198,9 +198,9 @@ def certify_all(args, name, defense, share, device):
     for radius in [step * most / 8 for step in range(9)]:
         certified = sum(result >= radius for result in results) / len(results)
         print(f"{radius:9.2f}  {100 * certified:20.1f}")
-    print(f"\n{args.n} draws certify {most:.2f} at most (--n). The radius is an L2 length over all pixels. "
-          f"A corner of the Linf ball is much farther: {8 * corner:.2f} at eps 8/255, "
-          f"{16 * corner:.2f} at 16/255.\n", flush=True)
+    print(f"\n{args.n} draws certify {most:.2f} at most (--n). The radius is an L2 length over all pixels; "
+          f"a corner of the Linf ball is {8 * corner:.2f} away at eps 8/255, {16 * corner:.2f} at "
+          "16/255.\n", flush=True)
     return rows
 
 
