@@ -873,7 +873,8 @@ class TestAudit(unittest.TestCase):
         runs, *_ = digits_runs()
         flags = ("--audit", "--runs", runs, "--images", 4, "--draws", 1, "--steps", 1, "--eot", 1)
         for holds, code in ((True, 0), (False, 1)):
-            with mock.patch.object(attack, "audit", return_value=[("a check", "1.0", holds)]):
+            checks = [("a check", "1.0", holds), ("another", "1.0", True)]
+            with mock.patch.object(attack, "audit", return_value=checks):
                 result = run("attack", *flags)
             self.assertEqual((result.code, "SUSPICIOUS" in result.out), (code, not holds))
         self.assertRegex(run("attack", *flags).out, "holds +random noise")
