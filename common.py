@@ -182,12 +182,12 @@ def default_autoencoder(args):
                    args.size != data.default(args, "size") and args.size)
 
 
-def command(script, args):
-    """The command line that makes the default run of a stage."""
+def command(kind, args=None):
+    """The command line that makes the default run of this kind: autoencoder or classifier."""
+    script = {"autoencoder": "python pretrain.py", "classifier": "python finetune.py"}[kind]
     given = [("--data", args.data, "digits"), ("--size", args.size, data.default(args, "size")),
-             ("--seed", args.seed, 0), ("--runs", args.runs, "runs")]
-    return " ".join([f"python {script}"] + [f"{flag} {value}" for flag, value, usual in given
-                                            if value != usual])
+             ("--seed", args.seed, 0), ("--runs", args.runs, "runs")] if args else []
+    return script + "".join(f" {flag} {value}" for flag, value, usual in given if value != usual)
 
 
 def write_whole(path, save):
@@ -267,7 +267,7 @@ def open_run(path, kind, settings, args, model, optimizer):
     return epoch
 
 
-def load_finished(source, kind, made_by, device="cpu", args=None):
+def load_finished(source, kind, device="cpu", args=None):
     """A finished run's folder: (model in evaluation mode, without gradients; its checkpoint).
 
     With args, source may also be a file of published weights, in the model of --size.
@@ -277,11 +277,11 @@ def load_finished(source, kind, made_by, device="cpu", args=None):
         model, checkpoint = load_published(source, kind, args)
         return model.to(device).eval().requires_grad_(False), checkpoint
     if not path.exists():
-        raise UserError(f"{path} is missing; make it with: {made_by}")
+        raise UserError(f"{path} is missing; make it with: {command(kind, args)}")
     checkpoint = load_checkpoint(path, kind)
     if checkpoint["epoch"] < checkpoint["epochs"]:
         raise UserError(f"{path} is unfinished (epoch {checkpoint['epoch']} of "
-                        f"{checkpoint['epochs']}); finish it with: {made_by} --resume")
+                        f"{checkpoint['epochs']}); finish it with: {command(kind, args)} --resume")
     try:
         model = (Autoencoder if kind == "autoencoder" else make_classifier)(**checkpoint["config"])
         model.load_state_dict(checkpoint["model"])

@@ -59,8 +59,7 @@ def load_defenses(args, device, straight_through=True):
     behind, defenses = common.default_autoencoder(args), []
     for folder in args.classifier or [common.variant(behind, args, "clean"), common.variant(
             behind, args, "de3", data.default(args, "finetune"))]:
-        classifier, checkpoint = common.load_finished(
-            folder, "classifier", common.command("finetune.py", args), device, args)
+        classifier, checkpoint = common.load_finished(folder, "classifier", device, args)
         mode, sigmas, ratios, autoencoder = checkpoint["mode"], args.sigma, [None], None
         if sigmas and not args.classifier:  # the default pair: each as it was trained
             sigmas = [sigma for sigma in sigmas if (sigma == "off") == (mode == "clean")]
@@ -69,8 +68,7 @@ def load_defenses(args, device, straight_through=True):
         if mode == "de3" or (mode == "clean" and sigmas and sigmas != ["off"]):
             inside = mode == "de3" or (folder.parent / "checkpoint.pt").exists()
             source = args.autoencoder or (folder.parent if inside else behind)
-            autoencoder, pretraining = common.load_finished(
-                source, "autoencoder", common.command("pretrain.py", args), device, args)
+            autoencoder, pretraining = common.load_finished(source, "autoencoder", device, args)
             if mode == "de3" and not args.autoencoder and (
                     common.fingerprint(autoencoder) != checkpoint["settings"]["fingerprint"]):
                 raise UserError(f"{folder} was trained behind another autoencoder than {source} now "

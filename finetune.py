@@ -13,6 +13,7 @@ checkpoint.pt after every epoch into a folder inside the autoencoder's. Next: de
 
 import argparse
 import math
+import time
 from pathlib import Path
 
 import torch
@@ -85,8 +86,7 @@ def train(args, mode, device):
     source, autoencoder, masks = args.autoencoder or common.default_autoencoder(args), None, False
     size = dict(SIZES[args.size], mean=data.default(args, "mean"), std=data.default(args, "std"))
     if mode == "de3" or not (args.from_scratch or args.init):
-        autoencoder, pretraining = common.load_finished(
-            source, "autoencoder", common.command("pretrain.py", args), device, args)
+        autoencoder, pretraining = common.load_finished(source, "autoencoder", device, args)
         size, masks = pretraining["config"], mode == "de3" and pretraining["task"] == "mim"
     if args.keep_visible and not masks:
         raise UserError("--keep-visible is for --de3 behind an autoencoder of --task mim")
@@ -149,8 +149,9 @@ def train(args, mode, device):
 
     # training
     peak = args.base_lr * batch / 256
-    model, progress = pretrain.distribute(classifier), pretrain.Progress(first_epoch, args.epochs)
+    model = pretrain.distribute(classifier)
     for epoch in range(first_epoch, args.epochs):
+        started, loss_sum, seen, hits = time.time(), 0.0, 0, 0
         common.seed_epoch(args.seed, epoch)
         order.epoch = epoch
         for micro, (images, labels) in enumerate(batches, start=epoch * steps * parts):
@@ -180,15 +181,14 @@ def train(args, mode, device):
                 lr = pretrain.learning_rate(step, args.epochs * steps, args.warmup_epochs * steps,
                                             peak, final=1e-6)
                 pretrain.update(optimizer, lr)
-            mixed = targets is not labels
-            progress.add(loss.item(), len(images),
-                         math.nan if mixed else (logits.argmax(1) == labels).sum().item())
+            loss_sum, seen = loss_sum + loss.item() * len(images), seen + len(images)
+            hits += (logits.argmax(1) == labels).sum().item() if targets is labels else math.nan
         common.save_checkpoint(path, {
             "kind": "classifier", "config": config, "mode": mode, "settings": settings,
             "classes": train_set.classes, "keep_visible": args.keep_visible,
             "model": classifier.state_dict(), "optimizer": optimizer.state_dict(),
             "epoch": epoch + 1, "epochs": args.epochs})
-        progress.epoch_done(epoch + 1, lr)
+        pretrain.log_epoch(epoch + 1, args.epochs, started, lr, loss_sum, seen, hits)
 
     # accuracy on held-out images, seen as in training
     defense.eval()

@@ -131,32 +131,14 @@ def update(optimizer, lr):
     optimizer.zero_grad()
 
 
-class Progress:
-    """Prints loss, accuracy, speed and time left, at most every five seconds and at the end."""
-
-    def __init__(self, first_epoch, epochs):
-        self.first, self.epochs = first_epoch, epochs
-        self.start = self.printed = time.time()
-        self.images, self.window = 0, [0.0, 0, 0]  # loss, hits, images: since the last line,
-        self.epoch = [0.0, 0, 0]                   # and of this process in this epoch
-
-    def add(self, loss, images, hits=math.nan):
-        """A batch: its mean loss, its size, and how many it got right."""
-        self.epoch = [a + b for a, b in zip(self.epoch, (loss * images, hits, images))]
-
-    def epoch_done(self, epoch, lr):
-        sums, now = common.total(*self.epoch), time.time()
-        self.window, self.epoch = [a + b for a, b in zip(self.window, sums)], [0.0, 0, 0]
-        self.images += sums[2]
-        if now - self.printed < 5 and epoch < self.epochs:
-            return
-        loss, hits, images = self.window
-        left = (now - self.start) / (epoch - self.first) * (self.epochs - epoch)
-        accuracy = "" if math.isnan(hits) else f"accuracy {100 * hits / images:5.1f}%  "
-        print(f"epoch {epoch:4d}/{self.epochs}  loss {loss / images:7.4f}  {accuracy}lr {lr:.1e}  "
-              f"{self.images / (now - self.start):6.0f} images/s  "
-              f"{left // 60:.0f}:{left % 60:02.0f} left", flush=True)
-        self.printed, self.window = now, [0.0, 0, 0]
+def log_epoch(epoch, epochs, started, lr, loss, images, hits=math.nan):
+    """One line of the log; loss, images and hits are this process's sums over the epoch."""
+    loss, images, hits = common.total(loss, images, hits)
+    seconds = time.time() - started
+    left = seconds * (epochs - epoch)
+    accuracy = "" if math.isnan(hits) else f"accuracy {100 * hits / images:5.1f}%  "
+    print(f"epoch {epoch:4d}/{epochs}  loss {loss / images:7.4f}  {accuracy}lr {lr:.1e}  "
+          f"{images / seconds:6.0f} images/s  {left // 60:.0f}:{left % 60:02.0f} left", flush=True)
 
 
 def arguments():
@@ -229,8 +211,9 @@ def main():
 
     # training
     nim, peak = args.task == "nim", args.base_lr * batch / 256
-    model, progress = distribute(autoencoder), Progress(first_epoch, args.epochs)
+    model = distribute(autoencoder)
     for epoch in range(first_epoch, args.epochs):
+        started, loss_sum, seen = time.time(), 0.0, 0
         common.seed_epoch(args.seed, epoch)
         order.epoch = epoch
         for micro, (images, _) in enumerate(batches, start=epoch * steps * parts):
@@ -244,7 +227,7 @@ def main():
                     else:
                         loss = model(images, mask_ratio=args.mask_ratio, all_patches=args.all_patches)
                 backward(loss, parts, step)
-            progress.add(loss.item(), len(images))
+            loss_sum, seen = loss_sum + loss.item() * len(images), seen + len(images)
             if last:
                 lr = learning_rate(step, args.epochs * steps, args.warmup_epochs * steps, peak, 0.0)
                 update(optimizer, lr)
@@ -252,7 +235,7 @@ def main():
             "kind": "autoencoder", "config": config, "task": args.task, "settings": settings,
             "model": autoencoder.state_dict(), "optimizer": optimizer.state_dict(),
             "epoch": epoch + 1, "epochs": args.epochs})
-        progress.epoch_done(epoch + 1, lr)
+        log_epoch(epoch + 1, args.epochs, started, lr, loss_sum, seen)
 
     # how well it works: PSNR on held-out images, of what goes in and of what comes out
     autoencoder.eval()

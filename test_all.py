@@ -1298,7 +1298,7 @@ class TestStages(unittest.TestCase):
         rows = re.findall(r"^(\S+) +(off|sigma \d+) +([\d.]+) +([\d.]+|-) +\d+$", result.out, re.M)
         self.assertEqual([row[:2] for row in rows[:2]], [(clean, "off"), (de3, "sigma 0")])
         self.assertGreater(len(rows), 2)
-        classifier, _ = common.load_finished(runs / "digits" / clean, "classifier", "", "cpu")
+        classifier, _ = common.load_finished(runs / "digits" / clean, "classifier")
         test_set = data.load_dataset("digits", "test", 32)
         images, labels = (values[::18] for values in test_set.tensors)  # 20 of 360
         with torch.no_grad():
@@ -1410,7 +1410,7 @@ class TestFolder(unittest.TestCase):
 
     def test_training_learns(self):
         source = photo_autoencoder(epochs=20)
-        autoencoder, _ = common.load_finished(source, "autoencoder", "", "cpu")
+        autoencoder, _ = common.load_finished(source, "autoencoder")
         images = torch.stack([image for image, _ in data.load_dataset(PHOTOS, "val", 32)])
         torch.manual_seed(0)
         denoised = autoencoder.reconstruct(add_noise(images, 75), images).clamp(0, 1)
@@ -1573,8 +1573,8 @@ class TestPublished(unittest.TestCase):
             self.assertRegex(result.out, r"weights.pth +off .*\n.*weights.pth +20 ")
         finished(run("defend", *flags))
         found = random_images(6, 3, 32, 32)
-        loaded, _ = common.load_finished(self.folder / "weights.pth", "classifier", "", "cpu",
-                                         argparse.Namespace(size="tiny", data="x", autoencoder=None))
+        loaded, _ = common.load_finished(self.folder / "weights.pth", "classifier", args=(
+            argparse.Namespace(size="tiny", data="x", autoencoder=None)))
         assert_near(loaded(found), self.classifier(found))
         result = finished(run("finetune", "--de3", "--autoencoder", autoencoder, *training(),
                               *photo_flags(runs)))
