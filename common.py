@@ -88,9 +88,11 @@ def start(args):
     torchrun = "LOCAL_RANK" in os.environ
     name += ":" + os.environ["LOCAL_RANK"] if torchrun and name == "cuda" else ""
     try:
-        device = torch.zeros(1, device=name).cpu() is not None and torch.device(name)
+        probe = torch.zeros(1, device=name)
+        probe.cpu()  # "meta", for one, cannot
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise UserError(f"device {name!r} cannot be used: {str(error).splitlines()[0][:90]}") from None
+    device = probe.device
     if device.type == "cuda":
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")  # TF32 where fp32 stays

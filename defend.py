@@ -181,25 +181,36 @@ def certify(defense, image, n0, n, max_batch):
     return (label, hits, defense.sigma.a / 255 * NormalDist().inv_cdf(p)) if p > 0.5 else (None, hits, 0.0)
 
 
-def certify_all(args, name, defense, share, device):
-    """Print the table of certified accuracy over radii; returns a row of certify.csv per image."""
-    results, rows = [], []
-    for number, (image, label) in enumerate(share):
-        predicted, hits, radius = certify(defense, image.to(device), args.n0, args.n, args.max_batch)
-        results.append(radius if predicted == label else -1.0)
-        rows.append([name, defense.sigma, number, int(label), "ABSTAIN" if predicted is None else predicted,
-                     hits, args.n, f"{radius:.6f}"])
-    print(f"{name}, sigma {defense.sigma}: {len(share)} {args.split} images, class from {args.n0} draws, "
-          f"bound from {args.n}, 99.9% confidence, seed {args.seed}\n\nL2 radius  certified accuracy %")
-    corner = image.numel() ** 0.5 / 255
-    most = defense.sigma.a / 255 * NormalDist().inv_cdf(lower_bound(args.n, args.n))
-    for radius in [step * most / 8 for step in range(9)]:
-        certified = sum(result >= radius for result in results) / len(results)
-        print(f"{radius:9.2f}  {100 * certified:20.1f}")
-    print(f"\n{args.n} draws certify {most:.2f} at most (--n). The radius is an L2 length over all pixels; "
-          f"a corner of the Linf ball is {8 * corner:.2f} away at eps 8/255, {16 * corner:.2f} at "
-          "16/255.\n", flush=True)
-    return rows
+def certify_all(args, defenses, share, device):
+    """For each defense the table of certified accuracy over radii; certify.csv has a row per image."""
+    if common.world() > 1:
+        raise UserError("--certify runs in one process, without torchrun")
+    noisy = [item for item in defenses if item[1].sigma and item[1].sigma.a > 0]
+    text = io.StringIO(newline="")
+    table = csv.writer(text)
+    table.writerow("defense sigma image label predicted hits draws l2_radius".split())
+    for name, defense in defenses if args.sigma or not noisy else noisy:
+        common.seed_epoch(args.seed, 0)
+        radii = []  # -1 where the vote is wrong
+        for number, (image, label) in enumerate(share):
+            predicted, hits, radius = certify(defense, image.to(device), args.n0, args.n, args.max_batch)
+            radii.append(radius if predicted == label else -1.0)
+            table.writerow([name, defense.sigma, number, int(label),
+                            "ABSTAIN" if predicted is None else predicted, hits, args.n, f"{radius:.6f}"])
+        print(f"{name}, sigma {defense.sigma}: {len(share)} {args.split} images, class from {args.n0} "
+              f"draws, bound from {args.n}, 99.9% confidence, seed {args.seed}\n\n"
+              "L2 radius  certified accuracy %")
+        most = defense.sigma.a / 255 * NormalDist().inv_cdf(lower_bound(args.n, args.n))
+        for radius in [step * most / 8 for step in range(9)]:
+            certified = sum(found >= radius for found in radii) / len(radii)
+            print(f"{radius:9.2f}  {100 * certified:20.1f}")
+        corner = image.numel() ** 0.5 / 255
+        print(f"\n{args.n} draws certify {most:.2f} at most (--n). The radius is an L2 length over all "
+              f"pixels; a corner of the Linf ball is {8 * corner:.2f} away at eps 8/255, "
+              f"{16 * corner:.2f} at 16/255.\n", flush=True)
+    path = common.runs_folder(args) / "certify.csv"
+    common.write_whole(path, lambda file: file.write(text.getvalue().encode()))
+    print(f"wrote {path}")
 
 
 DIAL = {  # of the digits: (run, what finetune.py makes it with, sigmas or mask ratios to test)
@@ -278,24 +289,17 @@ def main():
     args = arguments()
     device = common.start(args)
     if args.dial:
-        return dial(args)
+        dial(args)
+        return
     defenses, checkpoint = load_defenses(args, device)
     if args.photos:
-        return purify_photos(args, defenses, checkpoint, device) if common.rank() == 0 else None
+        if common.rank() == 0:
+            purify_photos(args, defenses, checkpoint, device)
+        return
     share, images_in_all, classes = load_test_images(args, checkpoint)
     if args.certify:
-        noisy = [item for item in defenses if item[1].sigma and item[1].sigma.a > 0]
-        if common.world() > 1:
-            raise UserError("--certify runs in one process, without torchrun")
-        text = io.StringIO(newline="")
-        table = csv.writer(text)
-        table.writerow("defense sigma image label predicted hits draws l2_radius".split())
-        for name, defense in defenses if args.sigma or not noisy else noisy:
-            common.seed_epoch(args.seed, 0)
-            table.writerows(certify_all(args, name, defense, share, device))
-        path = common.runs_folder(args) / "certify.csv"
-        common.write_whole(path, lambda file: file.write(text.getvalue().encode()))
-        return print(f"wrote {path}")
+        certify_all(args, defenses, share, device)
+        return
     batches = data.loader(share, min(args.batch_size, args.max_batch), args.workers)
 
     # clean accuracy, and the PSNR of what the classifier sees, over sigma

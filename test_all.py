@@ -1515,6 +1515,22 @@ class TestFolder(unittest.TestCase):
                          if "label_smoothing" in call.kwargs}
             self.assertEqual(smoothing, {0.1 * augmented})
 
+    def test_compile(self):
+        """--compile changes the speed only; here with the backend that runs what was traced as it is."""
+        runs, source = photo_runs()
+        flags, weights = ("--de3", "--autoencoder", source, *training(), *photo_flags(runs)), []
+        for more in ((), ("--compile", "--overwrite")):
+            eager = functools.partial(torch.compile, backend="eager")
+            with mock.patch("torch.compile", side_effect=eager) as compiled:
+                path, = finished(run("finetune", *flags, *more)).wrote()
+            self.assertEqual(compiled.call_count, 3 if more else 0)  # a trial, denoiser, classifier
+            weights.append(torch.load(path)["model"])
+        for name, value in weights[0].items():
+            assert_near(value, weights[1][name], 1e-4)
+        with mock.patch("torch.compile", side_effect=RuntimeError("no compiler found")):
+            refused = run("finetune", *flags, "--compile", "--overwrite")
+        TestBadInput().assert_refused(refused, ("no compiler found", "leave it out"))
+
     def test_resnet18(self):
         _, result = self.purified("--de3", "--classifier", "resnet18")
         path, = result.wrote()
