@@ -1023,6 +1023,15 @@ class TestCommon(unittest.TestCase):
                 pretrain.backward(layers[0] * bad, 1, step=7)
         assert_near(layers[0].detach(), torch.tensor(0.4))
 
+    def test_log_epoch(self):
+        """Means over the epoch's images, its speed, and the time that the epochs left would take."""
+        for hits, accuracy in ((15, "accuracy  75.0%  "), (math.nan, "")):
+            out = io.StringIO()
+            with mock.patch("time.time", return_value=1002.0), contextlib.redirect_stdout(out):
+                pretrain.log_epoch(2, 42, 1000.0, 0.01, loss=30.0, images=20, hits=hits)
+            self.assertEqual(out.getvalue(), f"epoch    2/42  loss  1.5000  {accuracy}lr 1.0e-02      "
+                                             "10 images/s  1:20 left\n")
+
     def test_psnr(self):
         a = torch.zeros(2, 3, 4, 4)
         b = a + torch.tensor([0.1, 0.01]).view(2, 1, 1, 1)
