@@ -921,12 +921,19 @@ class TestCertificate(unittest.TestCase):
             self.assertRaises(UserError, defend.certify, defense, images[0], 10, 10, 10)
 
     def test_stage(self):
+        """The printed table is the share of certify.csv's rows that are right and reach the radius."""
         runs, *_ = digits_runs()
-        result = finished(run("defend", "--certify", "--runs", runs, "--images", 5, "--n0", 5, "--n", 20))
-        self.assertRegex(result.out, r"L2 radius +certified accuracy %\n +0\.00 +[\d.]+\n")
+        result = finished(run("defend", "--certify", "--runs", runs, "--images", 9, "--n0", 5, "--n", 20))
         table = runs / "digits/certify.csv"
-        self.assertEqual([row["draws"] for row in read_csv(table)], ["20"] * 5)
-        old = table.read_bytes()
+        rows, old = read_csv(table), table.read_bytes()
+        self.assertEqual([row["draws"] for row in rows], ["20"] * 9)
+        right = [float(row["l2_radius"]) for row in rows if row["label"] == row["predicted"]]
+        self.assertTrue(0 < len(right) < 9, rows)  # else the next lines say little
+        printed = re.findall(r"^ +(\d\.\d\d) +([\d.]+)$", result.out, re.M)
+        self.assertEqual(len(printed), 9)
+        for radius, certified in printed:
+            reached = [found for found in right if found >= float(radius) - 0.005]
+            self.assertAlmostEqual(float(certified), 100 * len(reached) / 9, delta=0.06)
         refused = run("defend", "--certify", "--runs", runs, "--images", 2, "--votes", 2)
         self.assertEqual((refused.code, table.read_bytes()), (2, old))
 
