@@ -60,12 +60,11 @@ def load_defenses(args, device, straight_through=True):
     for folder in args.classifier or [common.variant(behind, args, "clean"), common.variant(
             behind, args, "de3", data.default(args, "finetune"))]:
         classifier, checkpoint = common.load_finished(folder, "classifier", device, args)
-        mode, sigmas, ratios, autoencoder = checkpoint["mode"], args.sigma, [None], None
-        if sigmas and not args.classifier:  # the default pair: each as it was trained
+        mode, autoencoder, ratios = checkpoint["mode"], None, [None]
+        sigmas = args.sigma or (["off"] if mode == "clean" else data.default(args, "test").split())
+        if not args.classifier:  # the default pair: each as it was trained
             sigmas = [sigma for sigma in sigmas if (sigma == "off") == (mode == "clean")]
-            if not sigmas:
-                continue
-        if mode == "de3" or (mode == "clean" and sigmas and sigmas != ["off"]):
+        if mode == "de3" or (mode == "clean" and set(sigmas) - {"off"}):
             inside = mode == "de3" or (folder.parent / "checkpoint.pt").exists()
             source = args.autoencoder or (folder.parent if inside else behind)
             autoencoder, pretraining = common.load_finished(source, "autoencoder", device, args)
@@ -75,7 +74,6 @@ def load_defenses(args, device, straight_through=True):
                                 "holds: train it again with finetune.py --overwrite")
             if pretraining["task"] == "mim":
                 sigmas, ratios = ["off"], args.mask_ratio
-        sigmas = sigmas or (["off"] if mode == "clean" else data.default(args, "test").split())
         for sigma, ratio in [(sigma, ratio) for sigma in sigmas for ratio in ratios]:
             sigma = None if sigma == "off" else float(sigma)
             defenses.append((os.path.relpath(folder, common.runs_folder(args)), De3(

@@ -57,14 +57,17 @@ def parameter_groups(model, weight_decay, layer_decay=1.0):
     """
     depth, groups = len(getattr(model, "blocks", ())), {}
     for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            layer = int(name.split(".")[1]) + 1 if name.startswith("blocks.") else 0 if (
-                name.startswith(("cls_token", "pos_embed", "patch_embed"))) else depth + 1
-            decays = parameter.dim() > 1 and name not in getattr(model, "no_weight_decay", ())
-            group = groups.setdefault((layer, decays), dict(
-                params=[], weight_decay=weight_decay if decays else 0.0,
-                lr_scale=layer_decay ** (depth + 1 - layer)))
-            group["params"].append(parameter)
+        if not parameter.requires_grad:
+            continue
+        if name.startswith("blocks."):
+            layer = int(name.split(".")[1]) + 1
+        else:
+            layer = 0 if name.startswith(("cls_token", "pos_embed", "patch_embed")) else depth + 1
+        decays = parameter.dim() > 1 and name not in getattr(model, "no_weight_decay", ())
+        group = groups.setdefault((layer, decays), dict(
+            params=[], weight_decay=weight_decay if decays else 0.0,
+            lr_scale=layer_decay ** (depth + 1 - layer)))
+        group["params"].append(parameter)
     return list(groups.values())
 
 
