@@ -9,12 +9,11 @@
 Every attack is white-box through the whole defense unless --threat gray. A random defense must be
 attacked with EOT (pgd+eot): the gradient is averaged over --eot draws; plain pgd and fgsm see one
 draw per step and overstate it. Robust accuracy is measured after the attack, on --draws fresh draws
-of the defense (the mean over draws: one shot). Appends its rows to RUNS/<data>/attack.csv.
+of the defense (the mean over draws: one shot). Appends its rows to RUNS/<data>/attack.csv; draws
+RUNS/<data>/tradeoff.png anew, from this run's rows, when these hold two sigmas or more.
 """
 
 import csv
-import importlib.util
-import re
 import sys
 import time
 from statistics import NormalDist
@@ -24,7 +23,7 @@ import torch.nn.functional as F
 
 import common
 import data
-from defend import evaluation_flags, load_defenses, load_test_images
+from defend import evaluation_flags, load_defenses, load_test_images, plot
 from model import UserError, check_images
 
 
@@ -192,41 +191,6 @@ def append_row(path, row):
         table.writerow(row)
 
 
-def plot(path, rows, title):
-    """Accuracy over sigma, a line for each defense, attack and eps; seeds as mean and range.
-
-    What has no sigma (undefended, adversarial training) is a level line. Needs matplotlib.
-    """
-    lines = {}
-    for row in rows:
-        eps, name = f"eps {255 * float(row['eps']):.3g}/255", re.sub(r"_seed\d+", "", row["defense"])
-        style = {"fgsm": ":", "pgd": "--"}.get(row["attack"], "-.")
-        found = [(f"{name}, clean", "-", "clean_accuracy"),
-                 (f"{name}, {row['attack']}, {eps}", style, "robust_accuracy")]
-        if row["attack"] == "pgd" and row["sigma"] == 0:  # nothing to average: the same under EOT
-            found.append((f"{name}, pgd+eot, {eps}", "-.", "robust_accuracy"))
-        for label, style, column in found if row["mask_ratio"] == "" else ():
-            lines.setdefault((label, style), {}).setdefault(row["sigma"], []).append(row[column])
-    sigmas = {row["sigma"] for row in rows} - {""}
-    if common.rank() > 0 or len(sigmas) < 2 or not importlib.util.find_spec("matplotlib"):
-        return
-    from matplotlib.figure import Figure
-    figure = Figure(figsize=(8, 5))
-    axes = figure.subplots()
-    for number, ((label, style), points) in enumerate(lines.items()):
-        if "" in points:
-            points = dict.fromkeys((min(sigmas), max(sigmas)), points[""])
-        mean = [sum(values) / len(values) for values in points.values()]
-        reach = [[abs(end(v) - m) for v, m in zip(points.values(), mean)] for end in (min, max)]
-        axes.errorbar(list(points), mean, reach, linestyle=style, capsize=2, linewidth=1,
-                      marker="osv^D*xP+"[number // 2 % 9], color=f"{number % 5 * 0.15}", label=label)
-    axes.set(xlabel="sigma at test time (8-bit units)", ylabel="accuracy (%)", ylim=(0, 100))
-    axes.set_title(title, fontsize=8)
-    axes.legend(fontsize=5, loc="upper left", bbox_to_anchor=(1, 1))
-    common.write_whole(path, lambda file: figure.savefig(file, dpi=150, bbox_inches="tight"))
-    print(f"wrote {path}")
-
-
 def audit(defense, images, labels, eps, steps, eot, draws, max_batch):
     """Checks of a De3 and of the attack on it: a list of (what must hold, figures, holds).
 
@@ -318,6 +282,8 @@ def arguments(argv=None):
         "attack, at the largest eps; exit code 1 if anything is suspicious")
     args = common.fill_in(result.parse_args(argv))
     args.images = args.images or (120 if args.audit else 80)
+    if args.norm == "linf" and max(args.eps) > 1:
+        raise UserError(f"--eps {max(args.eps):g} is more than the range of the pixels, 1; write 8/255")
     return args
 
 
@@ -344,6 +310,7 @@ def main(argv=None):
     table, rows = common.runs_folder(args) / "attack.csv", []
     title = (f"{images_in_all} {args.split} images, {args.norm}, {args.steps} steps, EOT {args.eot}, "
              f"{args.restarts} restart(s), loss {'+'.join(args.loss)}, {args.threat}-box, "
+             f"{'plain clamp, ' * args.plain_clamp}{args.draws} draws, votes {args.votes}, "
              f"seed {args.seed}")
     print(f"{title}; accuracy in % [95% interval]\n\n{'defense':34} {'sigma':>8} {'eps':>7}  "
           f"{'attack':8} {'clean':>19} {'robust':>19} {'seconds':>8}   gradients/s")

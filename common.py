@@ -77,6 +77,9 @@ def fill_in(args, recipes=None, classifier=""):
         for name, value in recipes.get(f"{args.size} {classifier}", recipes[args.size]).items():
             if getattr(args, name) is None:
                 setattr(args, name, value)
+        if args.warmup_epochs >= args.epochs:
+            raise UserError(f"{args.epochs} epochs are not more than {args.warmup_epochs:g} of warm-up: "
+                            "give --warmup-epochs as well")
     return args
 
 
@@ -184,6 +187,13 @@ def default_autoencoder(args):
                    args.size != data.default(args, "size") and args.size)
 
 
+def default_classifiers(args):
+    """The folders of finetune.py's default run: undefended and De³."""
+    behind = default_autoencoder(args)
+    return [variant(behind, args, "clean"),
+            variant(behind, args, "de3", data.default(args, "finetune"))]
+
+
 def command(kind, args=None):
     """The command line that makes the default run of this kind: autoencoder or classifier."""
     script = {"autoencoder": "python pretrain.py", "classifier": "python finetune.py"}[kind]
@@ -279,7 +289,9 @@ def load_finished(source, kind, device="cpu", args=None):
         model, checkpoint = load_published(source, kind, args)
         return model.to(device).eval().requires_grad_(False), checkpoint
     if not path.exists():
-        raise UserError(f"{path} is missing; make it with: {command(kind, args)}")
+        usual = not args or Path(source) in [default_autoencoder(args), *default_classifiers(args)]
+        raise UserError(f"{path} is missing; make it with: {command(kind, args)}"
+                        + ("" if usual else " and the flags that the folder's name stands for (--help)"))
     checkpoint = load_checkpoint(path, kind)
     if checkpoint["epoch"] < checkpoint["epochs"]:
         raise UserError(f"{path} is unfinished (epoch {checkpoint['epoch']} of "
@@ -359,7 +371,7 @@ def load_published(path, kind, args):
     if missing := initialize_from_file(model, path, key):
         raise UserError(f"{path} is no whole {kind}: it lacks {', '.join(sorted(missing)[:3])} ...")
     return model, dict(config=config, task="nim", mode="de3" if args.autoencoder else "clean",
-                       keep_visible=False, classes=None, settings={"fingerprint": ""})
+                       keep_visible=False, classes=None, settings={"autoencoder": ""})
 
 
 def fingerprint(model):

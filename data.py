@@ -40,7 +40,7 @@ def default(args, name):
 
 
 def eval_transform(image_size):
-    """Resize (256 for 224) and center crop, bicubic; images under 128 pixels are not cropped."""
+    """Resize the short side (to 256 for 224; under 128 to image_size itself) and center crop, bicubic."""
     resize = image_size * 256 // 224 if image_size >= 128 else image_size
     return transforms.Compose([transforms.Resize(resize, InterpolationMode.BICUBIC),
                                transforms.CenterCrop(image_size), transforms.ToTensor()])

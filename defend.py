@@ -7,15 +7,18 @@
     python defend.py photo.jpg another.png    label and confidence with and without the defense;
                                               purified images go to RUNS/<data>/purified/
 
-defend.png shows, for a few test images: original, adversarial (PGD with EOT through De³), noisy and
-denoised, with the predicted labels. Images of one's own should look like the data set's: the digits
-are bright on dark.
+defend.png shows, for a few test images: original; attacked without the defense (PGD); attacked through
+De³ (PGD with EOT); that one with noise; and denoised. The label under an image is the undefended
+classifier's, in the last row that of the classifier behind De³. Images of one's own should look like
+the data set's: the digits are bright on dark.
 """
 
 import csv
+import importlib.util
 import io
 import math
 import os
+import re
 import time
 from pathlib import Path
 from statistics import NormalDist, mean, stdev
@@ -57,8 +60,7 @@ def load_defenses(args, device, straight_through=True):
     Returns a list of (name of the run, De3 on the device) and the last classifier's checkpoint.
     """
     behind, defenses = common.default_autoencoder(args), []
-    for folder in args.classifier or [common.variant(behind, args, "clean"), common.variant(
-            behind, args, "de3", data.default(args, "finetune"))]:
+    for folder in args.classifier or common.default_classifiers(args):
         classifier, checkpoint = common.load_finished(folder, "classifier", device, args)
         mode, autoencoder, ratios = checkpoint["mode"], None, [None]
         sigmas = args.sigma or (["off"] if mode == "clean" else data.default(args, "test").split())
@@ -69,7 +71,7 @@ def load_defenses(args, device, straight_through=True):
             source = args.autoencoder or (folder.parent if inside else behind)
             autoencoder, pretraining = common.load_finished(source, "autoencoder", device, args)
             if mode == "de3" and not args.autoencoder and (
-                    common.fingerprint(autoencoder) != checkpoint["settings"]["fingerprint"]):
+                    common.fingerprint(autoencoder) != checkpoint["settings"]["autoencoder"]):
                 raise UserError(f"{folder} was trained behind another autoencoder than {source} now "
                                 "holds: train it again with finetune.py --overwrite")
             if pretraining["task"] == "mim":
@@ -96,7 +98,7 @@ def load_test_images(args, checkpoint):
 def arguments():
     result = common.parser(__doc__)
     add = result.add_argument
-    add("photos", nargs="*", help="image files to purify and classify")
+    add("photos", nargs="*", help="image files to purify and classify; give them before the flags")
     evaluation_flags(add, images="1000")
     add("--eps", type=common.eps, default=16 / 255, help="of the attack in defend.png, 16/255")
     add("--steps", type=common.count, default=20, help="of the attack in defend.png, default 20")
@@ -132,7 +134,8 @@ def purify_photos(args, defenses, checkpoint, device):
             print(f"{path}  {level:>12}: {names[label] if names else label} ({100 * confidence:.1f}%)")
             if defense.defended:
                 save_image(purified, folder / f"{number}_{path.stem}_{level.replace(' ', '')}.png")
-    print(f"wrote purified images to {folder}/")
+    if any(defense.defended for _, defense in defenses):
+        print(f"wrote purified images to {folder}/")
 
 
 def lower_bound(hits, draws, alpha=0.001):
@@ -199,15 +202,50 @@ def certify_all(args, defenses, share, device):
               f"draws, bound from {args.n}, 99.9% confidence, seed {args.seed}\n\n"
               "L2 radius  certified accuracy %")
         most = defense.sigma.a / 255 * NormalDist().inv_cdf(lower_bound(args.n, args.n))
-        for radius in [step * most / 8 for step in range(9)]:
+        corners = {k * image.numel() ** 0.5 / 255: f"  a corner of the Linf ball of {k}/255" for k in (8, 16)}
+        for radius in sorted([*corners, *(step * most / 8 for step in range(9))]):
             certified = sum(found >= radius for found in radii) / len(radii)
-            print(f"{radius:9.2f}  {100 * certified:20.1f}")
-        corner = image.numel() ** 0.5 / 255
-        print(f"\n{args.n} draws certify {most:.2f} at most (--n). The radius is an L2 length over all "
-              f"pixels; a corner of the Linf ball is {8 * corner:.2f} away at eps 8/255, "
-              f"{16 * corner:.2f} at 16/255.\n", flush=True)
+            print(f"{radius:9.2f}  {100 * certified:20.1f}{corners.get(radius, '')}")
+        print(f"\nThe radius is an L2 length over all pixels; {args.n} draws certify {most:.2f} at most "
+              "(--n).\n", flush=True)
     path = common.runs_folder(args) / "certify.csv"
     common.write_whole(path, lambda file: file.write(text.getvalue().encode()))
+    print(f"wrote {path}")
+
+
+def plot(path, rows, title):
+    """attack.py's rows over sigma: a line for each defense, attack and eps, mean ± deviation of seeds.
+
+    What has no sigma (undefended, adversarial training) is a level line; masking has no place here.
+    Needs matplotlib.
+    """
+    lines = {}
+    for row in rows:
+        eps, name = f"eps {255 * float(row['eps']):.3g}/255", re.sub(r"_seed\d+", "", row["defense"])
+        style = {"fgsm": ":", "pgd": "--"}.get(row["attack"], "-.")
+        found = [(f"{name}, clean", "-", "clean_accuracy"),
+                 (f"{name}, {row['attack']}, {eps}", style, "robust_accuracy")]
+        if row["attack"] == "pgd" and row["sigma"] == 0:  # nothing to average: the same under EOT
+            found.append((f"{name}, pgd+eot, {eps}", "-.", "robust_accuracy"))
+        for label, style, column in found if row["mask_ratio"] == "" else ():
+            lines.setdefault((label, style), {}).setdefault(row["sigma"], []).append(row[column])
+    sigmas = {row["sigma"] for row in rows} - {""}
+    if common.rank() > 0 or len(sigmas) < 2 or not importlib.util.find_spec("matplotlib"):
+        return
+    from matplotlib.figure import Figure
+    figure = Figure(figsize=(8, 5))
+    axes = figure.subplots()
+    for number, ((label, style), points) in enumerate(lines.items()):
+        if "" in points:
+            points = dict.fromkeys((min(sigmas), max(sigmas)), points[""])
+        average = [mean(values) for values in points.values()]
+        spread = [stdev(values) if len(values) > 1 else 0 for values in points.values()]
+        axes.errorbar(list(points), average, spread, linestyle=style, capsize=2, linewidth=1,
+                      marker="osv^D*xP+"[number // 2 % 9], color=f"{number % 5 * 0.15}", label=label)
+    axes.set(xlabel="sigma at test time (8-bit units)", ylabel="accuracy (%)", ylim=(0, 100))
+    axes.set_title(title, fontsize=8)
+    axes.legend(fontsize=5, loc="upper left", bbox_to_anchor=(1, 1))
+    common.write_whole(path, lambda file: figure.savefig(file, dpi=150, bbox_inches="tight"))
     print(f"wrote {path}")
 
 
@@ -263,7 +301,7 @@ def dial(args):
         shown = [f"{mean(cell[key]):5.1f} ± {stdev(cell[key]) if len(cell[key]) > 1 else 0:4.1f}"
                  for key in ("clean", "pgd", "pgd+eot" if "pgd+eot" in cell else "pgd")]
         print(f"{label:22} {level:>10}  " + "  ".join(f"{text:>12}" for text in shown))
-    attack.plot(common.runs_folder(args) / "tradeoff.png", rows, caption)
+    plot(common.runs_folder(args) / "tradeoff.png", rows, caption)
 
 
 def picture(path, rows, classes):

@@ -7,8 +7,9 @@
     python finetune.py --classifier resnet18        torchvision's resnet18 instead of the ViT
     python finetune.py --autoencoder runs/digits/mim_0.75 --de3 --keep-visible      behind MIM
 
-Order: augment, mix, (attack,) noise, denoise without gradients, clamp, classify. Writes
-checkpoint.pt after every epoch into a folder inside the autoencoder's. Next: defend.py, attack.py.
+Order: augment, mix (or attack: PGD through the defense, one draw a step), noise, denoise without
+gradients, clamp, classify. Writes checkpoint.pt after every epoch into a folder inside the
+autoencoder's; beside it, where no autoencoder is used. Next: defend.py, attack.py.
 """
 
 import argparse
@@ -62,7 +63,7 @@ def arguments():
         help="lr factor from layer to layer, default 0.75 (1 for tiny, and from scratch)")
     add("--drop-path", type=common.number(float, 0, 0.99), help="default 0.1 (0 tiny, 0.2 huge)")
     add("--augment", action=argparse.BooleanOptionalAction, help="crop, flip, RandAugment, erasing, "
-        "MixUp/CutMix, label smoothing; default: with 10,000 training images or more; the digits "
+        "MixUp/CutMix (not with --adversarial), label smoothing; default: with 10,000 training images or more; the digits "
         "are only shifted and their labels smoothed, by default unless --adversarial")
     pretrain.training_flags(add, RECIPES)
     args = result.parse_args()
@@ -98,7 +99,7 @@ def train(args, mode, device):
         raise UserError(f"{args.data}: train/ and val/ do not hold the same classes")
     digits = args.data == "digits"
     augment = args.augment
-    if augment is None:  # shifted digits keep adversarial training at chance for too long
+    if augment is None:  # shifted digits make adversarial training weaker
         augment = args.adversarial is None if digits else len(train_set) >= 10_000
     if augment and not digits:
         train_set.transform = data.finetune_transform(size["image_size"])
@@ -135,7 +136,7 @@ def train(args, mode, device):
     ignored += ["sigma"] if mode == "clean" or masks else []
     ignored += [] if masks else ["mask_ratio", "keep_visible"]
     settings = {name: str(value) for name, value in vars(args).items() if name not in ignored}
-    settings["fingerprint"] = common.fingerprint(autoencoder) if autoencoder else ""
+    settings["autoencoder"] = common.fingerprint(autoencoder) if autoencoder else ""
     defense = De3(autoencoder if mode == "de3" else None, classifier,
                   None if mode == "clean" or masks else args.sigma,
                   args.mask_ratio if masks else None, args.keep_visible)
@@ -202,7 +203,7 @@ def train(args, mode, device):
         "" if mode == "clean" else f" at sigma {args.sigma}")
     hits, images = common.total(hits, len(heldout))
     print(f"{mode}{level}: {100 * hits / images:.1f}% of {images:.0f} validation images")
-    print(f"wrote {path}\n")
+    print(f"wrote {path}\n" if first_epoch < args.epochs else "")
 
 
 def main():

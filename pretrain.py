@@ -22,7 +22,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import common
 import data
-from model import SIZES, Autoencoder, NoiseScale, UserError, add_noise
+from model import SIZES, Autoencoder, De3, NoiseScale, UserError, add_noise
 
 IMAGENET = dict(epochs=800, batch_size=4096, base_lr=1.5e-4, warmup_epochs=40)
 RECIPES = {  # the paper's from base on; tiny was chosen on the validation images of the digits
@@ -241,23 +241,23 @@ def main():
         log_epoch(epoch + 1, args.epochs, started, lr, loss_sum, seen)
 
     # how well it works: PSNR on held-out images, of what goes in and of what comes out
-    autoencoder.eval()
-    print("\nsigma  noisy dB  denoised dB" if nim else "\nmask ratio  reconstructed dB")
+    print("\nsigma  noisy dB  denoised dB" if nim else "\nmask ratio  filled in dB, visible patches kept")
     for level in (25, 50, 75, 100, 150) if nim else (0.25, 0.5, 0.75):
+        defense = De3(autoencoder, None, level if nim else None, None if nim else level, keep_visible=True)
         common.seed_epoch(args.seed, args.epochs)
         before = after = 0
         for images, _ in data.loader(heldout, 250, workers=args.workers):
             images = images.to(device)
             with torch.no_grad():
-                noisy = add_noise(images, level if nim else 0)
-                restored = (autoencoder.reconstruct(noisy, images) if nim else
-                            autoencoder.to_images(autoencoder.mim(images, level)[1], images))
-            before += common.psnr(noisy, images).sum().item()
-            after += common.psnr(restored.clamp(0, 1), images).sum().item()
+                before += common.psnr(add_noise(images, level), images).sum().item()
+                after += common.psnr(defense.purify(images), images).sum().item()
         count, before, after = common.total(len(heldout), before, after)
-        first = f"{level:5g}  {before / count:8.2f}" if nim else f"{level:10g}"
-        print(f"{first}  {after / count:{11 if nim else 16}.2f}")
-    print(f"\nwrote {path}")
+        print(f"{level:5g}  {before / count:8.2f}  {after / count:11.2f}" if nim else
+              f"{level:10g}  {after / count:12.2f}")
+    if args.norm_pix:
+        print("(--norm-pix: each patch has the mean and sd of the clean image's back)")
+    if first_epoch < args.epochs:
+        print(f"\nwrote {path}")
 
 
 if __name__ == "__main__":

@@ -929,8 +929,10 @@ class TestCertificate(unittest.TestCase):
         self.assertEqual([row["draws"] for row in rows], ["20"] * 9)
         right = [float(row["l2_radius"]) for row in rows if row["label"] == row["predicted"]]
         self.assertTrue(0 < len(right) < 9, rows)  # else the next lines say little
-        printed = re.findall(r"^ +(\d\.\d\d) +([\d.]+)$", result.out, re.M)
-        self.assertEqual(len(printed), 9)
+        printed = re.findall(r"^ +(\d\.\d\d) +([\d.]+)(?:  a corner .*/255)?$", result.out, re.M)
+        self.assertEqual(len(printed), 11)
+        self.assertIn("     1.74", result.out)
+        self.assertIn(" 3.48                   0.0  a corner of the Linf ball of 16/255", result.out)
         for radius, certified in printed:
             reached = [found for found in right if found >= float(radius) - 0.005]
             self.assertAlmostEqual(float(certified), 100 * len(reached) / 9, delta=0.06)
@@ -1841,7 +1843,8 @@ class TestBadInput(unittest.TestCase):
         self.refused("finetune", *flags, "--seed", 3, says="python pretrain.py --seed 3 --runs")
         for script in ("defend", "attack"):
             self.refused(script, *flags, says=("missing", f"python finetune.py --runs {runs}"))
-            self.refused(script, *flags, "--classifier", runs / "none", says="none/checkpoint.pt")
+            self.refused(script, *flags, "--classifier", runs / "none",
+                         says=("none/checkpoint.pt", "flags that the folder's name stands for"))
         runs, source = photo_runs()
         self.refused("defend", *photo_flags(runs), says="python finetune.py")
 
