@@ -1607,8 +1607,9 @@ class TestPublished(unittest.TestCase):
             self.assertRegex(result.out, r"weights.pth +off .*\n.*weights.pth +20 ")
         finished(run("defend", *flags))
         found = random_images(6, 3, 32, 32)
-        loaded, _ = common.load_finished(self.folder / "weights.pth", "classifier", args=(
-            argparse.Namespace(size="tiny", data="x", autoencoder=None)))
+        with contextlib.redirect_stdout(None):
+            loaded, _ = common.load_finished(self.folder / "weights.pth", "classifier", args=(
+                argparse.Namespace(size="tiny", data="x", autoencoder=None)))
         assert_near(loaded(found), self.classifier(found))
         result = finished(run("finetune", "--de3", "--autoencoder", autoencoder, *training(),
                               *photo_flags(runs)))
