@@ -1824,6 +1824,9 @@ class TestBadInput(unittest.TestCase):
             self.refused("attack", "--runs", runs, *flags)
         self.refused("attack", "--attack", "cw", says=("cw", "pgd+eot"))
         self.refused("pretrain", "--image-size", 30, "--runs", new_folder(), says=("30", "8"))
+        self.refused("attack", "--runs", new_folder(), "--eps", 8, says="write 8/255")
+        for script in ("pretrain", "finetune"):  # the learning rate would never reach its peak
+            self.refused(script, "--runs", new_folder(), "--epochs", 3, says="give --warmup-epochs")
 
     def test_adversarial_eps_above_one(self):
         """8 instead of 8/255."""
