@@ -179,7 +179,9 @@ def certify(defense, image, n0, n, max_batch):
     label = counts(n0).argmax().item()  # guessed from draws of its own
     hits = counts(n)[label].item()
     p = lower_bound(hits, n)
-    return (label, hits, defense.sigma.a / 255 * NormalDist().inv_cdf(p)) if p > 0.5 else (None, hits, 0.0)
+    if p <= 0.5:
+        return None, hits, 0.0
+    return label, hits, defense.sigma.a / 255 * NormalDist().inv_cdf(p)
 
 
 def certify_all(args, defenses, share, device):
@@ -202,7 +204,8 @@ def certify_all(args, defenses, share, device):
               f"draws, bound from {args.n}, 99.9% confidence, seed {args.seed}\n\n"
               "L2 radius  certified accuracy %")
         most = defense.sigma.a / 255 * NormalDist().inv_cdf(lower_bound(args.n, args.n))
-        corners = {k * image.numel() ** 0.5 / 255: f"  a corner of the Linf ball of {k}/255" for k in (8, 16)}
+        corners = {k / 255 * image.numel() ** 0.5: f"  a corner of the Linf ball of {k}/255"
+                   for k in (8, 16)}
         for radius in sorted([*corners, *(step * most / 8 for step in range(9))]):
             certified = sum(found >= radius for found in radii) / len(radii)
             print(f"{radius:9.2f}  {100 * certified:20.1f}{corners.get(radius, '')}")
@@ -221,27 +224,27 @@ def plot(path, rows, title):
     """
     lines = {}
     for row in rows:
-        eps, name = f"eps {255 * float(row['eps']):.3g}/255", re.sub(r"_seed\d+", "", row["defense"])
-        style = {"fgsm": ":", "pgd": "--"}.get(row["attack"], "-.")
-        found = [(f"{name}, clean", "-", "clean_accuracy"),
-                 (f"{name}, {row['attack']}, {eps}", style, "robust_accuracy")]
+        name, eps = re.sub(r"_seed\d+", "", row["defense"]), f"eps {255 * float(row['eps']):.3g}/255"
+        found = [("clean", "clean_accuracy"), (f"{row['attack']}, {eps}", "robust_accuracy")]
         if row["attack"] == "pgd" and row["sigma"] == 0:  # nothing to average: the same under EOT
-            found.append((f"{name}, pgd+eot, {eps}", "-.", "robust_accuracy"))
-        for label, style, column in found if row["mask_ratio"] == "" else ():
-            lines.setdefault((label, style), {}).setdefault(row["sigma"], []).append(row[column])
+            found.append((f"pgd+eot, {eps}", "robust_accuracy"))
+        for what, column in found if row["mask_ratio"] == "" else ():
+            lines.setdefault((name, what), {}).setdefault(row["sigma"], []).append(row[column])
     sigmas = {row["sigma"] for row in rows} - {""}
+    names = list(dict.fromkeys(name for name, _ in lines))
     if common.rank() > 0 or len(sigmas) < 2 or not importlib.util.find_spec("matplotlib"):
         return
     from matplotlib.figure import Figure
     figure = Figure(figsize=(8, 5))
     axes = figure.subplots()
-    for number, ((label, style), points) in enumerate(lines.items()):
+    for (name, what), points in lines.items():
         if "" in points:
             points = dict.fromkeys((min(sigmas), max(sigmas)), points[""])
-        average = [mean(values) for values in points.values()]
         spread = [stdev(values) if len(values) > 1 else 0 for values in points.values()]
-        axes.errorbar(list(points), average, spread, linestyle=style, capsize=2, linewidth=1,
-                      marker="osv^D*xP+"[number // 2 % 9], color=f"{number % 5 * 0.15}", label=label)
+        style = {"clean": "-", "fgsm": ":", "pgd": "--"}.get(what.split(",")[0], "-.")
+        axes.errorbar(list(points), [mean(values) for values in points.values()], spread, linestyle=style,
+                      marker="osv^D*xP+"[names.index(name) % 9], color=f"{names.index(name) % 5 * 0.15}",
+                      capsize=2, linewidth=1, label=f"{name}, {what}")
     axes.set(xlabel="sigma at test time (8-bit units)", ylabel="accuracy (%)", ylim=(0, 100))
     axes.set_title(title, fontsize=8)
     axes.legend(fontsize=5, loc="upper left", bbox_to_anchor=(1, 1))

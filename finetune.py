@@ -63,8 +63,8 @@ def arguments():
         help="lr factor from layer to layer, default 0.75 (1 for tiny, and from scratch)")
     add("--drop-path", type=common.number(float, 0, 0.99), help="default 0.1 (0 tiny, 0.2 huge)")
     add("--augment", action=argparse.BooleanOptionalAction, help="crop, flip, RandAugment, erasing, "
-        "MixUp/CutMix (not with --adversarial), label smoothing; default: with 10,000 training images or more; the digits "
-        "are only shifted and their labels smoothed, by default unless --adversarial")
+        "MixUp/CutMix (not with --adversarial), label smoothing; default: with 10,000 training images "
+        "or more; the digits are only shifted and their labels smoothed, by default unless --adversarial")
     pretrain.training_flags(add, RECIPES)
     args = result.parse_args()
     common.fill_in(args, RECIPES, args.classifier)

@@ -241,9 +241,10 @@ def main():
         log_epoch(epoch + 1, args.epochs, started, lr, loss_sum, seen)
 
     # how well it works: PSNR on held-out images, of what goes in and of what comes out
-    print("\nsigma  noisy dB  denoised dB" if nim else "\nmask ratio  filled in dB, visible patches kept")
+    print("\nsigma  noisy dB  denoised dB" if nim else "\nmask ratio  filled in dB (visible patches kept)")
     for level in (25, 50, 75, 100, 150) if nim else (0.25, 0.5, 0.75):
-        defense = De3(autoencoder, None, level if nim else None, None if nim else level, keep_visible=True)
+        sigma, mask_ratio = (level, None) if nim else (None, level)
+        defense = De3(autoencoder, None, sigma, mask_ratio, keep_visible=True)
         common.seed_epoch(args.seed, args.epochs)
         before = after = 0
         for images, _ in data.loader(heldout, 250, workers=args.workers):
