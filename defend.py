@@ -71,7 +71,7 @@ def load_defenses(args, device, straight_through=True):
             source = args.autoencoder or (folder.parent if inside else behind)
             autoencoder, pretraining = common.load_finished(source, "autoencoder", device, args)
             if mode == "de3" and not args.autoencoder and (
-                    common.fingerprint(autoencoder) != checkpoint["settings"]["autoencoder"]):
+                    common.fingerprint(autoencoder) != checkpoint["settings"].get("autoencoder")):
                 raise UserError(f"{folder} was trained behind another autoencoder than {source} now "
                                 "holds: train it again with finetune.py --overwrite")
             if pretraining["task"] == "mim":
