@@ -107,7 +107,8 @@ def arguments():
         "these seeds of the defenses in DIAL, on the digits; names the models that are missing")
     add("--certify", action="store_true", help="certified accuracy of the majority vote over noise")
     add("--n0", type=common.count, default=100, help="draws that guess the class, default 100")
-    add("--n", type=common.count, default=1000, help="draws that bound its probability, default 1000")
+    add("--n", type=common.number(int, 10), default=1000,  # fewer cannot bound it above 1/2
+        help="draws that bound its probability, at least 10, default 1000")
     args = common.fill_in(result.parse_args())
     args.images = args.images or 1000
     return args

@@ -936,6 +936,7 @@ class TestCertificate(unittest.TestCase):
         for radius, certified in printed:
             reached = [found for found in right if found >= float(radius) - 0.005]
             self.assertAlmostEqual(float(certified), 100 * len(reached) / 9, delta=0.06)
+        self.assertEqual(run("defend", "--certify", "--runs", runs, "--n", 9).code, 2)
         refused = run("defend", "--certify", "--runs", runs, "--images", 2, "--votes", 2)
         self.assertEqual((refused.code, table.read_bytes()), (2, old))
 
