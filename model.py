@@ -7,16 +7,13 @@ sigma is in 8-bit units, 0..255. Shapes: B images, L patches, p patch size, D wi
 """
 
 import math
-from argparse import ArgumentTypeError
 from collections import OrderedDict
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torchvision.models import resnet18
 from torchvision.ops import StochasticDepth
-from torchvision.transforms import Normalize
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 DECODER = dict(decoder_embed_dim=512, decoder_depth=8, decoder_num_heads=16)
@@ -31,44 +28,67 @@ SIZES = {  # arguments of Autoencoder; base, large and huge are MAE's
 }
 
 
-class UserError(ValueError, ArgumentTypeError):
+class UserError(ValueError):
     """Bad input; the message says in one sentence what is wrong and what to do."""
 
 
-class NoiseScale(NamedTuple):
-    """Distribution of sigma: "gamma" (shape a, scale b), "uniform" (a to b), "" (the number a = b)."""
-    kind: str
-    a: float
-    b: float
+@dataclass(frozen=True)
+class NoiseScale:
+    """What sigma is drawn from: Gamma(shape, scale), or Uniform(low, high), low = high if it is fixed."""
+    kind: str  # "gamma" or "uniform"
+    first: float  # shape, or low
+    second: float  # scale, or high
 
     @classmethod
     def parse(cls, text):
-        """From '70', 'gamma:25,3' or 'uniform:0,30'; UserError for anything else."""
-        kind, _, numbers = str(text).rpartition(":")
+        """Read '70', 'gamma:25,3' or 'uniform:0,30'; anything else raises UserError."""
+        kind, colon, numbers = str(text).rpartition(":")
+        if not colon:
+            kind, numbers = "uniform", f"{numbers},{numbers}"
         try:
-            a, b = map(float, (numbers if kind else f"{numbers},{numbers}").split(","))
+            first, second = [float(number) for number in numbers.split(",")]
         except ValueError:
-            a = b = math.nan
-        valid = {"gamma": min(a, b) >= 1e-3, "uniform": 0 <= a <= b, "": a >= 0}.get(kind, False)
-        if not valid or max(a, b) > 1e6:
+            first = second = math.nan
+        if kind == "gamma":
+            valid = min(first, second) >= 1e-3
+        elif kind == "uniform":
+            valid = 0 <= first <= second
+        else:
+            valid = False
+        if not valid or max(first, second) > 1e6:
             raise UserError(f"sigma {text!r} must be a number, gamma:SHAPE,SCALE or "
                             "uniform:LOW,HIGH, none of them negative, LOW not above HIGH")
-        return cls(kind, a, b)
+        return cls(kind, first, second)
+
+    @property
+    def fixed(self):
+        """The one sigma that is ever drawn, as a float; None where sigma is random."""
+        return self.first if self.kind == "uniform" and self.first == self.second else None
 
     def draw(self, batch_size, device="cpu"):
         """One sigma per image: [B]."""
         if self.kind == "gamma":  # torch asks for the rate, which is 1 / scale
-            return torch.distributions.Gamma(self.a, 1 / self.b).sample((batch_size,)).to(device)
-        return torch.empty(batch_size, device=device).uniform_(self.a, self.b)
+            gamma = torch.distributions.Gamma(self.first, 1 / self.second)
+            return gamma.sample((batch_size,)).to(device)
+        return torch.empty(batch_size, device=device).uniform_(self.first, self.second)
 
     def __str__(self):
-        return f"{self.kind}:{self.a:g},{self.b:g}" if self.kind else f"{self.a:g}"
+        """What `parse` reads."""
+        if self.fixed is not None:
+            return f"{self.fixed:g}"
+        return f"{self.kind}:{self.first:g},{self.second:g}"
 
 
-def add_noise(images, sigma):
-    """x + ε·σ/255, ε ~ N(0, I), drawn fresh at every call, not clipped; sigma a number or [B]."""
+def add_noise(images, sigma, noise=None):
+    """x + ε·σ/255, not clipped.
+
+    sigma is a number or one per image, [B]. ε ~ N(0, I) is drawn fresh at every call, unless `noise`
+    gives it: [3, H, W], the same for all images, or [B, 3, H, W].
+    """
     sigma = torch.as_tensor(sigma).to(images).view(-1, 1, 1, 1)
-    return images + torch.randn_like(images) * sigma / 255
+    if noise is None:
+        noise = torch.randn_like(images)
+    return images + noise * sigma / 255
 
 
 def patchify(images, p):
@@ -94,12 +114,15 @@ def sincos_pos_embed(embed_dim, side):
     frequency = 10000 ** -(torch.arange(embed_dim // 4, dtype=torch.float64) / (embed_dim // 4))
     angle = torch.arange(side, dtype=torch.float64)[:, None] * frequency  # [side, D/4]
     encoding = torch.cat([angle.sin(), angle.cos()], dim=1)  # [side, D/2]
-    column, row = encoding.repeat(side, 1), encoding.repeat_interleave(side, dim=0)
-    embedding = torch.cat([column, row], dim=1).float()  # patch k: column k % side, row k // side
+    column = encoding.repeat(side, 1)  # patch k stands in column k % side
+    row = encoding.repeat_interleave(side, dim=0)  # and in row k // side
+    embedding = torch.cat([column, row], dim=1).float()
     return torch.cat([torch.zeros(1, embed_dim), embedding])[None]
 
 
 class Attention(nn.Module):
+    """Multi-head self-attention: [B, L, D] -> [B, L, D]."""
+
     def __init__(self, dim, num_heads):
         super().__init__()
         self.num_heads = num_heads
@@ -109,7 +132,8 @@ class Attention(nn.Module):
     def forward(self, x):
         B, L, D = x.shape
         qkv = self.qkv(x).reshape(B, L, 3, self.num_heads, D // self.num_heads)
-        x = F.scaled_dot_product_attention(*qkv.permute(2, 0, 3, 1, 4))  # each [B, heads, L, D/heads]
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each [B, heads, L, D/heads]
+        x = F.scaled_dot_product_attention(q, k, v)
         return self.proj(x.transpose(1, 2).reshape(B, L, D))
 
 
@@ -160,6 +184,7 @@ class ViT(nn.Module):
                 nn.init.normal_(parameter, std=0.02)
 
     def normalize(self, images):
+        """[0, 1] images -> zero mean and unit deviation over the data set, channel by channel."""
         size = (3, self.image_size, self.image_size)
         if images.shape[1:] != size:
             raise UserError(f"the model takes images [B, {size}], not {list(images.shape)}")
@@ -206,14 +231,16 @@ class Autoencoder(ViT):
 
     def denoise(self, noisy):
         """NIM, every patch is encoded: prediction [B, L, p·p·3], in units of the target."""
-        return self.decode(self.decoder_embed(self.norm(self.encode(self.tokens(noisy)))))
+        latent = self.norm(self.encode(self.tokens(noisy)))
+        return self.decode(self.decoder_embed(latent))
 
     def target(self, images):
         """Normalized patches [B, L, p·p·3], and the mean and sd that norm_pix takes out of each."""
         patches = patchify(self.normalize(images), self.patch_size)
         if not self.norm_pix:
             return patches, 0.0, 1.0
-        mean, std = patches.mean(-1, keepdim=True), (patches.var(-1, keepdim=True) + 1e-6).sqrt()
+        mean = patches.mean(-1, keepdim=True)
+        std = (patches.var(-1, keepdim=True) + 1e-6).sqrt()
         return (patches - mean) / std, mean, std
 
     def to_images(self, prediction, reference):
@@ -222,13 +249,17 @@ class Autoencoder(ViT):
         return unpatchify(prediction * std + mean, self.patch_size) * self.std + self.mean
 
     def forward(self, images, noisy=None, **masking):
-        """NIM's loss: mean squared error over all patches between prediction and clean target.
+        """The training loss, a scalar.
 
-        Without noisy images, MIM's: the keywords are those of `mim`.
+        With noisy images, NIM's: mean squared error over all patches between prediction and clean
+        target. Without, MIM's; the keywords are those of `mim`. Both pass through `forward`, because
+        DistributedDataParallel averages the gradients of what was computed there, and only there.
         """
         if noisy is None:
-            return self.mim(images, **masking)[0]
-        return (self.denoise(noisy) - self.target(images)[0]).square().mean()
+            loss, _, _ = self.mim(images, **masking)
+            return loss
+        target, _, _ = self.target(images)
+        return (self.denoise(noisy) - target).square().mean()
 
     def reconstruct(self, noisy, reference):
         """Denoised images, not clamped; reference: what was handed to the defense, before noise."""
@@ -246,15 +277,19 @@ class Autoencoder(ViT):
         keep = int(L * (1 - mask_ratio)) if 0 <= mask_ratio < 1 else 0
         if keep == 0:
             raise UserError(f"mask ratio {mask_ratio} is not in [0, 1), or leaves no patch of {L}")
-        order = (torch.rand(B, L, device=images.device) if scores is None else scores).argsort(1)
-        place = order.argsort(1)  # where each patch stands in the order; visible ones come first
+        if scores is None:
+            scores = torch.rand(B, L, device=images.device)
+        order = scores.argsort(1)  # the patches that stay come first
+        place = order.argsort(1)  # where each patch stands in that order
         visible = tokens.gather(1, order[:, :keep, None].expand(-1, -1, D))
         latent = self.decoder_embed(self.norm(self.encode(visible)))
-        patches = torch.cat([latent[:, 1:], self.mask_token.expand(B, L - keep, -1)], dim=1)
+        mask_tokens = self.mask_token.expand(B, L - keep, -1)
+        patches = torch.cat([latent[:, 1:], mask_tokens], dim=1)
         patches = patches.gather(1, place[:, :, None].expand(-1, -1, patches.shape[2]))
         prediction = self.decode(torch.cat([latent[:, :1], patches], dim=1))
         mask = (place >= keep).to(prediction.dtype)
-        error = (prediction - self.target(images)[0]).square().mean(dim=-1)  # [B, L]
+        target, _, _ = self.target(images)
+        error = (prediction - target).square().mean(dim=-1)  # [B, L]
         weight = torch.ones_like(mask) if all_patches or keep == L else mask
         return (error * weight).sum() / weight.sum(), prediction, mask
 
@@ -273,72 +308,106 @@ class Classifier(ViT):
         nn.init.trunc_normal_(self.head.weight, std=2e-5)
 
     def forward(self, images):
-        return self.head(self.fc_norm(self.encode(self.tokens(images))[:, 1:].mean(dim=1)))
-
-
-def make_classifier(kind="vit", **config):
-    """The ViT, or torchvision's resnet18 with the normalization inside ([0, 1] images to logits)."""
-    if kind == "vit":
-        return Classifier(**config)
-    return nn.Sequential(Normalize(config["mean"], config["std"]),
-                         resnet18(num_classes=config["num_classes"]))
+        patches = self.encode(self.tokens(images))[:, 1:]  # without the class token: [B, L, D]
+        return self.head(self.fc_norm(patches.mean(dim=1)))
 
 
 def check_images(images):
     """UserError unless images are a float tensor [B, C, H, W] within [0, 1] (1e-6 tolerated)."""
     if not torch.is_tensor(images) or not images.is_floating_point() or images.dim() != 4:
         raise UserError("images must be a floating-point tensor [B, C, H, W] in [0, 1]")
-    low, high = images.detach().aminmax() if images.numel() else (0, 0)
+    if images.numel() == 0:
+        return
+    low, high = images.detach().aminmax()
     if not (low >= -1e-6 and high <= 1 + 1e-6):  # NaN fails this too
         raise UserError(f"images must lie in [0, 1], without NaN (found {low:g} to {high:g})")
+
+
+def clamp_straight_through(x):
+    """clamp(x, 0, 1), with the gradient of the identity, not zero where it cuts (Athalye et al. 2018)."""
+    zero = x - x.detach()  # zero in value, the identity in gradient
+    return x.clamp(0, 1).detach() + zero
 
 
 class De3(nn.Module):
     """De³: x -> x + ε·σ/255 -> autoencoder -> clamp to [0, 1] -> classifier -> logits.
 
-    From [0, 1] images [B, 3, H, W] to logits [B, classes], random at every call; in evaluation mode.
-    autoencoder: is frozen; None: noise and clamp without denoising (the ablation).
+    From [0, 1] images [B, 3, H, W] to logits [B, classes], random at every call. The models are used
+    as they are: put them into evaluation mode, and freeze them, where they are not being trained.
+
+    autoencoder: None stands for noise and clamp without denoising (the ablation).
     classifier: any nn.Module from [0, 1] images to logits.
     sigma: a number or NoiseScale (one draw per image); None, without mask_ratio: undefended.
     mask_ratio: MIM's version, masking instead of noise. The classifier gets the decoder's whole
         output, as in the authors' code; keep_visible pastes the unmasked input patches back.
     votes: the logits are the log of the mean probability over this many draws (1: plain logits).
-    straight_through: gradients pass the clamp as if it were the identity (Athalye et al. 2018).
+    noise: the ε to use, [3, H, W] for all images, instead of fresh ones: nothing is random then.
+    straight_through: gradients pass the clamp as if it were the identity.
+    Raises UserError for settings that exclude each other or are out of range.
     """
 
     def __init__(self, autoencoder, classifier, sigma, mask_ratio=None, keep_visible=False,
-                 votes=1, straight_through=True):
+                 votes=1, noise=None, straight_through=True):
         super().__init__()
-        masks = mask_ratio is not None
-        if votes < 1 or masks and (not autoencoder or sigma is not None or not 0 <= mask_ratio < 1):
-            raise UserError(f"votes ({votes}) must be at least 1, mask_ratio ({mask_ratio}) in [0, 1)"
-                            ", with an autoencoder and without sigma")
-        self.autoencoder = autoencoder and autoencoder.requires_grad_(False)
-        self.classifier = classifier
-        self.sigma = sigma if isinstance(sigma, NoiseScale | None) else NoiseScale.parse(sigma)
+        if votes < 1:
+            raise UserError(f"votes must be at least 1, not {votes}")
+        if mask_ratio is not None:
+            if autoencoder is None:
+                raise UserError("masking (mask_ratio) needs an autoencoder to fill in")
+            if sigma is not None or noise is not None:
+                raise UserError("masking (mask_ratio) takes the place of noise: leave sigma None")
+            if not 0 <= mask_ratio < 1:
+                raise UserError(f"mask_ratio must be in [0, 1), not {mask_ratio}")
+        if sigma is not None and not isinstance(sigma, NoiseScale):
+            sigma = NoiseScale.parse(sigma)
+        self.autoencoder, self.classifier = autoencoder, classifier
+        self.sigma, self.noise = sigma, noise
         self.mask_ratio, self.keep_visible = mask_ratio, keep_visible
         self.votes, self.straight_through = votes, straight_through
-        self.defended = masks or sigma is not None
-        self.eval()
+
+    @property
+    def defended(self):
+        """Whether images are noised or masked before they are classified."""
+        return self.sigma is not None or self.mask_ratio is not None
+
+    @property
+    def is_random(self):
+        """Whether two calls on the same images can differ: an attack on it then needs EOT."""
+        if self.mask_ratio is not None:
+            return True
+        return self.sigma is not None and self.sigma.fixed != 0 and self.noise is None
+
+    @property
+    def level(self):
+        """Its setting in words: "off", "σ = 50" or "mask 0.5"."""
+        if self.mask_ratio is not None:
+            return f"mask {self.mask_ratio:g}"
+        return "off" if self.sigma is None else f"σ = {self.sigma}"
 
     def purify(self, images):
         """The images that the classifier sees, in [0, 1]; the input itself when undefended."""
         if not self.defended:
             return images
         if self.mask_ratio is not None:
-            _, prediction, mask = self.autoencoder.mim(images, self.mask_ratio)
-            purified = self.autoencoder.to_images(prediction, images)
-            if self.keep_visible:
-                mask = mask[:, :, None].expand_as(prediction)
-                mask = unpatchify(mask, self.autoencoder.patch_size)  # [B, 3, H, W], 1 = dropped
-                purified = mask * purified + (1 - mask) * images
+            purified = self.fill_in(images)
         else:
-            purified = add_noise(images, self.sigma.draw(len(images), images.device))
+            sigma = self.sigma.draw(len(images), images.device)
+            purified = add_noise(images, sigma, self.noise)
             if self.autoencoder is not None:
                 purified = self.autoencoder.reconstruct(purified, images)
-        clamped = purified.clamp(0, 1)
-        # straight through: the value of the clamp, the gradient of the identity
-        return clamped.detach() + (purified - purified.detach()) if self.straight_through else clamped
+        if self.straight_through:
+            return clamp_straight_through(purified)
+        return purified.clamp(0, 1)
+
+    def fill_in(self, images):
+        """MIM's version of denoising, not clamped: mask at random, let the autoencoder fill in."""
+        _, prediction, mask = self.autoencoder.mim(images, self.mask_ratio)
+        filled = self.autoencoder.to_images(prediction, images)
+        if not self.keep_visible:
+            return filled
+        mask = mask[:, :, None].expand_as(prediction)
+        mask = unpatchify(mask, self.autoencoder.patch_size)  # [B, 3, H, W], 1 = dropped
+        return mask * filled + (1 - mask) * images
 
     def forward(self, images):
         check_images(images)

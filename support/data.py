@@ -25,19 +25,23 @@ from torchvision.transforms import InterpolationMode, v2
 
 from model import IMAGENET_MEAN, IMAGENET_STD, UserError
 
-PAPER = dict(pretrain="gamma:25,3", finetune="uniform:0,30", test="0 35 70 140")
-DATASETS = {  # size, sigma of pretraining, of fine-tuning, at test time; what the models normalize by
-    "digits": dict(size="tiny", pretrain="gamma:10,12", finetune="uniform:100,400", test="0 50",
-                   mean=(0.306,) * 3, std=(0.324,) * 3),
-    "cifar10": dict(PAPER, size="small", mean=(0.4914, 0.4822, 0.4465), std=(0.2470, 0.2435, 0.2616)),
-    "FOLDER": dict(PAPER, size="base", mean=IMAGENET_MEAN, std=IMAGENET_STD),
+DIGITS_FILE = Path(__file__).parents[1] / "assets" / "digits.npz"
+PAPER = dict(pretrain_sigma="gamma:25,3", finetune_sigma="uniform:0,30", test_sigmas=(0, 35, 70, 140))
+DEFAULTS = {  # of each data set: the size of the models, sigmas, what the models normalize by
+    "digits": dict(size="tiny", pretrain_sigma="gamma:10,12", finetune_sigma="uniform:100,400",
+                   test_sigmas=(0, 50), mean=(0.306,) * 3, std=(0.324,) * 3),
+    "cifar10": dict(size="small", **PAPER, mean=(0.4914, 0.4822, 0.4465),
+                    std=(0.2470, 0.2435, 0.2616)),
+    "FOLDER": dict(size="base", **PAPER, mean=IMAGENET_MEAN, std=IMAGENET_STD),
 }
 
 
-def default(args, name):
-    """What a --data set has for this name; a folder has what FOLDER has."""
-    return DATASETS.get(args.data, DATASETS["FOLDER"])[name]
+def defaults(name):
+    """The row of DEFAULTS for --data `name`."""
+    return DEFAULTS.get(name, DEFAULTS["FOLDER"])
 
+
+# ---------------------------------------------------------------------------------- the images
 
 def eval_transform(image_size):
     """Resize the short side (to 256 for 224; under 128 to image_size itself) and center crop, bicubic."""
@@ -90,9 +94,11 @@ def read_image(path):
         raise UserError(f"cannot read image {path}: {reason}; replace or remove it") from None
 
 
+# -------------------------------------------------------------------------------- the data sets
+
 def load_digits(split, image_size):
     """The digits of one split as a TensorDataset of [N, 3, S, S] floats and [N] labels."""
-    with np.load(Path(__file__).parent / "assets" / "digits.npz", allow_pickle=False) as file:
+    with np.load(DIGITS_FILE, allow_pickle=False) as file:
         chosen = file["split"] == ("train", "val", "test").index(split)
         images = torch.from_numpy(file["images"][chosen]).float() / 16  # 0..16 -> [0, 1]
         labels = torch.from_numpy(file["labels"][chosen]).long()
@@ -127,26 +133,32 @@ def load_dataset(name, split, image_size, transform=None):
         raise UserError(f"{folder}: {str(error).splitlines()[0]}") from None
 
 
+# ------------------------------------------------------------------------------------- batches
+
 class TrainingOrder(Sampler):
     """Lists of indices for one epoch of training (set `epoch` before each).
 
-    Every process draws the same permutation, which follows from seed and epoch, cuts it into
-    batches (the last partial one is dropped), and takes its share of each, in `parts` micro-batches.
+    Every process draws the same permutation, which follows from seed and epoch, and cuts it into
+    batches (the last partial one is dropped). A batch is divided evenly into `micro_batches` of
+    `processes` shares; each process takes its own share of each micro-batch.
     """
 
-    def __init__(self, images, batch_size, parts, seed, rank=0, world=1):
-        self.images, self.batch_size, self.parts, self.seed = images, batch_size, parts, seed
-        self.rank, self.world, self.epoch = rank, world, 0
+    def __init__(self, images, batch_size, micro_batches, seed, rank=0, processes=1):
+        self.images, self.batch_size, self.seed = images, batch_size, seed
+        self.micro_batches, self.rank, self.processes = micro_batches, rank, processes
+        self.steps = images // batch_size
+        self.epoch = 0
 
     def __len__(self):
-        return self.images // self.batch_size * self.parts
+        return self.steps * self.micro_batches
 
     def __iter__(self):
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
         order = torch.randperm(self.images, generator=generator)
-        for batch in order.split(self.batch_size)[:self.images // self.batch_size]:
-            for part in range(self.parts):
-                yield batch[self.rank + part * self.world::self.parts * self.world].tolist()
+        for batch in order.split(self.batch_size)[:self.steps]:
+            shares = batch.view(self.micro_batches, self.processes, -1)
+            for share in shares[:, self.rank]:
+                yield share.tolist()
 
 
 def loader(dataset, batches, workers=0, device="cpu"):
@@ -159,12 +171,14 @@ def loader(dataset, batches, workers=0, device="cpu"):
                       pin_memory=str(device) != "cpu")
 
 
-def subset(dataset, count, rank=0, world=1):
+def evenly_spread(dataset, count, rank=0, processes=1):
     """`count` images evenly spread over the data set (a folder lists its images class by class).
 
     Of several processes each gets its share: every image exactly once.
     """
     count = min(count, len(dataset))
-    chosen = [i * len(dataset) // count for i in range(count)][rank::world]
-    in_memory = isinstance(dataset, TensorDataset)
-    return TensorDataset(*dataset[chosen]) if in_memory else Subset(dataset, chosen)
+    chosen = [i * len(dataset) // count for i in range(count)]
+    share = chosen[rank::processes]
+    if isinstance(dataset, TensorDataset):
+        return TensorDataset(*dataset[share])
+    return Subset(dataset, share)

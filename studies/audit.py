@@ -1,0 +1,263 @@
+"""Is the attack on a defense strong enough to be believed? Checks, each with figures and a verdict.
+
+    python -m studies.audit                          De³ at its largest default sigma, on the digits
+    python -m studies.audit --classifier RUN --sigma 50 --transfer RUN ...
+
+After Athalye et al. 2018 and Carlini et al. 2019. The last defense chosen is put to the checks, under
+PGD in L∞ at --eps, white-box. Accuracies are compared image by image; a difference counts beyond 3
+paired standard errors, and each comparison says the smallest difference that it would have noticed.
+The exit code is 1 if anything is suspicious.
+"""
+
+import copy
+import math
+import sys
+
+import torch
+
+from attack import accuracy, check_adversarial, margin, objective, pgd, project, strongest
+from model import De3, UserError
+from support import cli, data, evaluation, runs, training, weights
+
+FEWEST_IMAGES = 90  # 9 of them, the fewest that can count, are then 10 points
+SEARCH_QUERIES, SEARCH_DRAWS = 300, 4  # of the gradient-free attack
+
+
+def changed(defense, **attributes):
+    """The same defense, its weights shared, with other attributes."""
+    twin = copy.copy(defense)
+    for name, value in attributes.items():
+        setattr(twin, name, value)
+    return twin
+
+
+def in_batches(function, images, labels, max_batch):
+    """function(images, labels) for at most max_batch images at once; its results joined."""
+    pairs = zip(images.split(max_batch), labels.split(max_batch))
+    return torch.cat([function(x, y) for x, y in pairs])
+
+
+# ------------------------------------------------------------------ attacks that do without PGD
+
+def predicted_and_actual_gain(defense, images, labels, step=1 / 255):
+    """Gain of the margin by one sign step: as the gradient predicts it, and as it is: [B, 2].
+
+    The noise is held fixed, and the clamp has its own gradient, so that on a step this small the two
+    agree unless the gradient is not the loss's (shattered, noisy, blocked).
+    """
+    defense = changed(defense, straight_through=False)
+    seed = torch.randint(2**31, ()).item()
+
+    def margins(x):
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            return margin(defense(x), labels)
+    with torch.enable_grad():
+        x = images.clone().requires_grad_()
+        before = margins(x)
+        gradient, = torch.autograd.grad(before.sum(), x, allow_unused=True, materialize_grads=True)
+    moved = (images + step * gradient.sign()).clamp(0, 1)
+    predicted = (gradient * (moved - images)).flatten(1).sum(1)
+    with torch.no_grad():
+        actual = margins(moved) - before
+    return torch.stack([predicted, actual], dim=1).detach()
+
+
+@torch.no_grad()
+def square_search(model, images, labels, eps, queries=SEARCH_QUERIES, draws=SEARCH_DRAWS):
+    """A gradient-free attack: random search over squares (Andriushchenko et al. 2020, L∞).
+
+    Starts from vertical stripes of ±eps. Each query paints one square of each image, channel by
+    channel, with +eps or -eps, and keeps it where the margin, the mean over draws of the model, grows.
+    The squares shrink from half of the image to a few pixels. Returns adversarial images.
+    """
+    def mean_margin(x):
+        return torch.stack([margin(model(x), labels) for _ in range(draws)]).mean(0)
+    B, C, H, W = images.shape
+
+    def signs(*shape):
+        return torch.randint(2, shape, device=images.device) * 2.0 - 1
+    x = project(images + eps * signs(B, C, 1, W), images, eps, "linf")
+    best = mean_margin(x)
+    for query in range(queries):
+        area = 0.25 * 2.0 ** (-6 * query / queries)  # share of the image
+        side = max(1, round(H * math.sqrt(area)))
+        colors = eps * signs(B, C, 1, 1)
+        candidate = x.clone()
+        for i in range(B):
+            top, left = torch.randint(H - side + 1, ()), torch.randint(W - side + 1, ())
+            square = (i, slice(None), slice(top, top + side), slice(left, left + side))
+            candidate[square] = images[square] + colors[i]
+        candidate.clamp_(0, 1)
+        gain = mean_margin(candidate)
+        better = gain > best
+        x[better], best[better] = candidate[better], gain[better]
+    return x
+
+
+# ------------------------------------------------------------------------------------- the audit
+
+def audit(defense, images, labels, eps, steps, eot, draws, max_batch, others=(), show=lambda text: None):
+    """Checks of a De3, and of the attack on it: a list of (what must hold, figures, holds).
+
+    images [B, 3, H, W] in [0, 1] with labels [B]; eps: radius in L∞; steps, eot: of PGD; draws: fresh
+    draws that score; max_batch: images that a model sees at once; others: models whose adversarial
+    images are tried on the defense; show(text) is told which check is at work.
+    """
+    checks = []
+
+    def score(x, model=defense):
+        """Share of correct draws of each image."""
+        return in_batches(lambda a, b: accuracy(model, a, b, draws), x, labels, max_batch)
+
+    def attacked(model=defense, **changes):
+        """Adversarial images of PGD, with other settings where they are given."""
+        settings = {**dict(eps=eps, steps=steps, eot=eot, max_batch=max_batch), **changes}
+        adversarial = in_batches(lambda a, b: pgd(model, a, b, **settings), images, labels, max_batch)
+        check_adversarial(adversarial, images, settings["eps"], "linf")
+        return adversarial
+
+    def above(a, b):
+        """Whether accuracy a is above b, image by image, beyond 3 standard errors."""
+        difference = a - b
+        return bool(difference.mean() > 3 * difference.std() / len(difference) ** 0.5)
+
+    def add(name, holds, figures):
+        checks.append((name, figures, bool(holds)))
+        show(f"{len(checks)} checks done")
+
+    def compare(name, base, other, both_ways=False):
+        """`other` must not be below `base` (an attack: must not be stronger)."""
+        least = max(9 / len(base), (3 * (base - other).std() / len(base) ** 0.5).item())
+        holds = not above(base, other) and not (both_ways and above(other, base))
+        add(name, holds, f"{100 * base.mean():.1f}, {100 * other.mean():.1f} "
+                         f"(would notice {100 * least:.1f})")
+
+    # the defense, without an attack
+    clean = score(images)
+    with torch.enable_grad():  # a defense must not notice that it is being differentiated
+        x = images.clone().requires_grad_()
+        watched = torch.stack([in_batches(lambda a, b: (defense(a).argmax(1) == b).double(), x, labels,
+                                          max_batch) for _ in range(draws)]).mean(0)
+
+        def gradient_of(a, b):
+            a = a.detach().requires_grad_()
+            loss = objective(defense(a), b, None, "ce").sum()
+            return torch.autograd.grad(loss, a, allow_unused=True, materialize_grads=True)[0]
+        gradient = in_batches(gradient_of, images, labels, max_batch)
+    compare("accuracy is the same while gradients are taken", clean, watched, both_ways=True)
+    dead = ((gradient == 0) | ~gradient.isfinite()).double().mean()
+    add("under 5% of the input gradients are zero or not finite", dead < 0.05, f"{100 * dead:.1f}%")
+    gains = in_batches(lambda a, b: predicted_and_actual_gain(defense, a, b), images, labels, max_batch)
+    predicted, actual = gains.mean(0).tolist()
+    ratio = actual / predicted if predicted > 0 else math.nan
+    add("the gradient predicts the loss: a sign step of 1/255 gains 0.5 to 1.5 times what it predicts",
+        0.5 <= ratio <= 1.5, f"{ratio:.2f}")
+    compare("accuracy at eps 0 is clean accuracy", clean, score(attacked(eps=0.0, steps=1, eot=1)),
+            both_ways=True)
+    shaken = (images + eps * torch.randn_like(images).sign()).clamp(0, 1)
+    noise = score(shaken)
+    add("random noise of this eps costs under 10 points", clean.mean() - noise.mean() < 0.1,
+        f"{100 * clean.mean():.1f}, {100 * noise.mean():.1f}")
+
+    # other ways to attack
+    first = attacked()
+    base = score(first)
+    fgsm = dict(steps=1, step_size=eps, random_start=False, eot=1)
+    compare("FGSM is no stronger than PGD", base, score(attacked(**fgsm)))
+    compare("twice the steps change nothing", base, score(attacked(steps=2 * steps)))
+    compare("twice the EOT draws change nothing", base, score(attacked(eot=2 * eot)))
+    compare("the margin loss is no stronger", base, score(attacked(loss="margin")))
+    compare("gray-box is no stronger than white-box", base,
+            score(attacked(defense.classifier, eot=1)))
+    compare("the clamp's own gradient is no stronger", base,
+            score(attacked(changed(defense, straight_through=False))))
+    second = attacked()
+    best = torch.cat([strongest(defense, [a, b], y) for a, b, y in zip(
+        first.split(max_batch), second.split(max_batch), labels.split(max_batch))])
+    compare("a second restart changes nothing", base, score(best))
+    found = in_batches(lambda a, b: square_search(defense, a, b, eps), images, labels,
+                       max(1, max_batch))
+    check_adversarial(found, images, eps, "linf")
+    compare(f"gradient-free search ({SEARCH_QUERIES} queries) is no stronger", base, score(found))
+    for number, other in enumerate(others, start=1):
+        compare(f"images that fool another model ({number}) are no stronger", base,
+                score(attacked(other, eot=1)))
+    larger = [base] + [score(attacked(eps=factor * eps, eot=2)) for factor in (2, 4, 8)
+                       if factor * eps <= 1]
+    falls = not any(above(b, a) for a, b in zip(larger, larger[1:]))
+    add("robust accuracy falls with eps, to under 5%", falls and larger[-1].mean() < 0.05,
+        ", ".join(f"{100 * result.mean():.1f}" for result in larger))
+
+    # one shot, ten tries, ten votes
+    voting = changed(defense, votes=10)
+    against_votes = attacked(voting, eot=1)
+    shots = {}
+    for name, model, x in [("clean", defense, images), ("attacked", defense, first),
+                           ("clean, 10 votes", voting, images),
+                           ("attacked, 10 votes", voting, against_votes)]:
+        hits = torch.stack([score_once(model, x, labels, max_batch) for _ in range(10)])
+        shots[name] = hits.mean(0)
+        spread, always = hits.mean(1).std(), hits.amin(0).mean()
+        shots[name + " in words"] = (f"{name} {100 * hits.mean():.1f} ± {100 * spread:.1f} / "
+                                     f"{100 * always:.1f}")
+    add("one shot ± spread / right in all of ten tries; ten votes, attacked with ten votes, are no worse",
+        not above(shots["attacked"], shots["attacked, 10 votes"]),
+        "; ".join(text for name, text in shots.items() if name.endswith("in words")))
+    return checks
+
+
+def score_once(model, images, labels, max_batch):
+    """1 where one draw of the model is right, else 0: [B]."""
+    return in_batches(lambda a, b: accuracy(model, a, b, 1), images, labels, max_batch)
+
+
+# ------------------------------------------------------------------------------------ the script
+
+def arguments():
+    parser = cli.stage_parser(__doc__)
+    evaluation.evaluation_flags(parser, images=120)
+    add = parser.add_argument
+    add("--eps", type=cli.eps, default=16 / 255, help="radius in L∞, default 16/255")
+    add("--steps", type=cli.count, default=20, help="of PGD, default 20")
+    add("--eot", type=cli.count, default=8, help="draws in each gradient, default 8")
+    add("--draws", type=cli.count, default=5, help="fresh draws that score the defense, default 5")
+    add("--transfer", nargs="+", type=cli.run_path, metavar="RUN", help="classifiers whose adversarial "
+        "images are tried; default: finetune.py's undefended one")
+    args = parser.parse_args()
+    args.size = args.size or data.defaults(args.data)["size"]
+    if args.images < FEWEST_IMAGES:
+        raise UserError(f"{args.images} images say nothing: a difference counts from 9 images on, give "
+                        f"--images {FEWEST_IMAGES} or more")
+    return args
+
+
+def main():
+    args = arguments()
+    device = cli.open_device(args.device)
+    if cli.process_count() > 1:
+        raise UserError("the audit runs in one process: leave out torchrun")
+    defenses, checkpoint = evaluation.load_defenses(args, device)
+    words, run, _, de3 = defenses[-1]
+    undefended = runs.default_classifier_folders(args)[1]
+    folders = args.transfer or [folder for folder in [undefended] if (folder / "checkpoint.pt").exists()]
+    others = [De3(None, weights.load_model(folder, "classifier", device, args)[0], None)
+              for folder in folders]
+    share, _, _ = evaluation.load_test_images(args, checkpoint)
+    batches = evaluation.test_batches(args, share)
+    images, labels = (torch.cat(values).to(device) for values in zip(*batches))
+    training.seed_epoch(args.seed, 0)
+    progress = cli.Progress()
+    print(f"audit of {words} ({run}): {len(images)} {args.split} images, eps {255 * args.eps:g}/255, "
+          f"{args.steps} steps, EOT {args.eot}, seed {args.seed}; transfer from "
+          f"{', '.join(map(str, folders)) or 'nothing'}; accuracy in %\n")
+    checks = audit(de3, images, labels, args.eps, args.steps, args.eot, args.draws, args.max_batch,
+                   others, progress.show)
+    progress.clear()
+    for name, figures, holds in checks:
+        print(f"{'holds     ' if holds else 'SUSPICIOUS'}  {name}: {figures}")
+    sys.exit(0 if all(holds for _, _, holds in checks) else 1)
+
+
+if __name__ == "__main__":
+    cli.run_script(main)

@@ -1,0 +1,158 @@
+"""Randomized smoothing (Cohen et al. 2019) of De³: a radius in L2 that no attack whatever can cross.
+
+    python -m studies.certify --sigma 50 200            the default De³, on 1,000 test images
+    python -m studies.certify --classifier RUN --sigma 64 --images 200
+
+Inside the radius the class that De³ gives most often over its noise stays the same, with 99.9%
+confidence: (σ/255)·Φ⁻¹(p), p a lower bound of that class's probability. The class is guessed from
+--n0 draws, its probability bounded from --n others. Writes certify_sigma<σ>.csv, a row per image, into
+the classifier's folder.
+"""
+
+import csv
+import io
+import math
+from statistics import NormalDist
+
+import torch
+
+from model import UserError
+from support import cli, data, evaluation, runs, training
+
+ALPHA = 0.001  # probability that the bound is wrong
+CORNERS = (8, 16)  # of L∞ balls of these eps (x 255), shown beside the radii
+
+
+def lower_bound(hits, draws, alpha=ALPHA):
+    """Clopper-Pearson: with confidence 1 - alpha the probability of a hit is at least this.
+
+    The alpha-quantile of Beta(hits, draws - hits + 1), that is the p at which so many hits or more
+    of so many draws have probability alpha; by bisection.
+    """
+    if hits == 0:
+        return 0.0
+    k = torch.arange(hits, draws + 1, dtype=torch.float64)
+    ways = math.lgamma(draws + 1) - torch.lgamma(k + 1) - torch.lgamma(draws - k + 1)
+    low, high = 0.0, 1.0
+    for _ in range(50):
+        p = (low + high) / 2
+        tail = (ways + k * math.log(p) + (draws - k) * math.log1p(-p)).exp().sum()
+        if tail < alpha:
+            low = p
+        else:
+            high = p
+    return low
+
+
+def check_certifiable(de3):
+    """UserError where the theorem does not apply."""
+    if de3.mask_ratio is not None or de3.sigma is None or not de3.sigma.fixed or not de3.is_random:
+        raise UserError("a certificate needs Gaussian noise: one --sigma above 0, no masking")
+    if de3.autoencoder is not None and de3.autoencoder.norm_pix:
+        raise UserError("no certificate with norm_pix: it carries patch statistics of the image around "
+                        "the noise")
+    if de3.votes != 1:
+        raise UserError("a certificate is for the majority of single draws: leave votes at 1")
+
+
+def count_classes(de3, image, draws, max_batch):
+    """How often each class is given to one image [3, H, W]: [classes]."""
+    counts = 0
+    for first in range(0, draws, max_batch):
+        copies = image.expand(min(max_batch, draws - first), -1, -1, -1)
+        with torch.no_grad():
+            logits = de3(copies)
+        counts = counts + logits.argmax(1).bincount(minlength=logits.shape[1])
+    return counts
+
+
+def certify(de3, image, n0, n, max_batch):
+    """For one image [3, H, W]: (class, or None to abstain; hits; L2 radius in [0, 1] units).
+
+    It holds, with 99.9% confidence, for the class that De³ gives most often over its noise, not for
+    one draw. Raises UserError where the theorem does not apply.
+    """
+    check_certifiable(de3)
+    label = count_classes(de3, image, n0, max_batch).argmax().item()  # guessed from draws of its own
+    hits = count_classes(de3, image, n, max_batch)[label].item()
+    p = lower_bound(hits, n)
+    if p <= 0.5:
+        return None, hits, 0.0
+    return label, hits, de3.sigma.fixed / 255 * NormalDist().inv_cdf(p)
+
+
+def certify_images(de3, images, n0, n, max_batch, device, show):
+    """A list of dicts, one for each (image, label): number, label, predicted, hits, radius."""
+    rows = []
+    for number, (image, label) in enumerate(images):
+        predicted, hits, radius = certify(de3, image.to(device), n0, n, max_batch)
+        rows.append(dict(image=number, label=int(label), predicted=predicted, hits=hits, draws=n,
+                         l2_radius=radius))
+        show(f"σ = {de3.sigma}: image {number + 1} of {len(images)}")
+    return rows
+
+
+def print_table(rows, de3, n, image_shape):
+    """Certified accuracy over radii: the share of images that are right and reach the radius."""
+    most = de3.sigma.fixed / 255 * NormalDist().inv_cdf(lower_bound(n, n))
+    radii = {most * step / 8: "" for step in range(9)}
+    radii.update({0.25: "", 0.5: ""})  # where the literature compares
+    for k in CORNERS:
+        radii[k / 255 * math.prod(image_shape) ** 0.5] = f"  a corner of the Linf ball of {k}/255"
+    print("L2 radius  certified accuracy %")
+    for radius in sorted(radii):
+        certified = sum(row["predicted"] == row["label"] and row["l2_radius"] >= radius for row in rows)
+        print(f"{radius:9.2f}  {100 * certified / len(rows):20.1f}{radii[radius]}")
+    print(f"\nThe radius is an L2 length over all pixels; {n} draws certify {most:.2f} at most (--n).\n",
+          flush=True)
+
+
+def save_table(path, rows):
+    """One row for each image; ABSTAIN where no class can be certified."""
+    text = io.StringIO(newline="")
+    table = csv.DictWriter(text, list(rows[0]))
+    table.writeheader()
+    for row in rows:
+        predicted = "ABSTAIN" if row["predicted"] is None else row["predicted"]
+        table.writerow({**row, "predicted": predicted, "l2_radius": f"{row['l2_radius']:.6f}"})
+    runs.write_whole(path, lambda file: file.write(text.getvalue().encode()))
+    print(f"wrote {path}\n")
+
+
+def arguments():
+    parser = cli.stage_parser(__doc__)
+    evaluation.evaluation_flags(parser, images=1000)
+    parser.add_argument("--n0", type=cli.count, default=100,
+                        help="draws that guess the class, default 100")
+    parser.add_argument("--n", type=cli.number(int, 10), default=1000,  # fewer bound nothing above 1/2
+                        help="draws that bound its probability, at least 10, default 1000")
+    args = parser.parse_args()
+    args.size = args.size or data.defaults(args.data)["size"]
+    return args
+
+
+def main():
+    args = arguments()
+    device = cli.open_device(args.device)
+    if cli.process_count() > 1:
+        raise UserError("a certificate is made in one process: leave out torchrun")
+    defenses, checkpoint = evaluation.load_defenses(args, device)
+    if not args.sigma:  # of the defaults those that can be certified
+        random = [defense for defense in defenses if defense.de3.is_random]
+        defenses = random or defenses
+    for defense in defenses:
+        check_certifiable(defense.de3)
+    share, _, _ = evaluation.load_test_images(args, checkpoint)
+    progress = cli.Progress()
+    for words, run, _, de3 in defenses:
+        training.seed_epoch(args.seed, 0)
+        rows = certify_images(de3, share, args.n0, args.n, args.max_batch, device, progress.show)
+        progress.clear()
+        print(f"{words} ({run}): {len(share)} {args.split} images, class from {args.n0} draws, bound from "
+              f"{args.n}, 99.9% confidence, seed {args.seed}\n")
+        print_table(rows, de3, args.n, share[0][0].shape)
+        save_table(runs.data_folder(args.runs, args.data) / run / f"certify_sigma{de3.sigma}.csv", rows)
+
+
+if __name__ == "__main__":
+    cli.run_script(main)

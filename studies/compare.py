@@ -1,0 +1,276 @@
+"""The comparison the paper makes: every defense of a table under the same attacks, read three ways.
+
+    python -m studies.compare --seeds 0 1 2 --images 100            the digits
+    python -m studies.compare --data FOLDER --images 300 --eps 4/255 --l2 0.5
+
+Names the models that are missing, with the commands that make them. Each cell is measured once and
+kept in RUNS/<data>/compare.csv; what stands there for the same weights and settings is not measured
+again, so a run that was cut short goes on. The three readings of a random defense:
+
+    one shot       PGD with EOT, scored on fresh draws: the mean over ten of them
+    ten tries      the share of images that are right in all of these ten draws
+    noise known    one noise for all images, fixed and known to the attacker (arXiv 2404.14309), who
+                   needs no EOT: PGD of twice the steps, the mean of 3 noises; not for masking
+
+Where nothing is random all three are one. "no EOT" shows what an attack without it would claim, "l2"
+is PGD in L2 with EOT, the threat that nobody trained for.
+"""
+
+import csv
+import io
+import shlex
+import time
+from statistics import mean, stdev
+from typing import NamedTuple
+
+import torch
+
+from attack import accuracy, pgd
+from model import De3, NoiseScale, UserError
+from support import cli, data, evaluation, runs, training, weights
+
+TRIES, KNOWN_NOISES = 10, 3
+FIELDS = ("defense level seed run weights split images norm eps l2_radius steps eot clean clean_ten_tries "
+          "clean_noise_known no_eot one_shot ten_tries noise_known l2 seconds").split()
+KEY = ("level", "seed", "run", "weights", "split", "images", "eps", "l2_radius", "steps", "eot")
+
+
+class Entry(NamedTuple):
+    """A defense of the comparison: its name, its runs by their flags, and where it is tested."""
+    name: str
+    pretrain: dict
+    finetune: dict
+    sigmas: tuple = (None,)
+    mask_ratios: tuple = (None,)
+
+
+DIGITS = {"sigma": "gamma:10,12"}
+MIM = {"task": "mim"}
+TABLES = {
+    "digits": [
+        Entry("undefended", DIGITS, {"mode": "clean"}),
+        Entry("adversarial training 16/255", DIGITS, {"mode": "clean", "adversarial": "16/255"}),
+        Entry("noise only", DIGITS, {"mode": "no-denoise", "sigma": "uniform:100,400"}, (100, 200)),
+        Entry("De³", DIGITS, {"mode": "de3", "sigma": "uniform:100,400"}, (0, 100, 200)),
+        Entry("De³, pretrained on σ = 120", {"sigma": "120"}, {"mode": "de3", "sigma": "uniform:100,400"},
+              (0, 100, 200)),
+        Entry("De³, the paper's Γ(25, 3), U(0, 30)", {"sigma": "gamma:25,3"},
+              {"mode": "de3", "sigma": "uniform:0,30"}, (0, 100, 200)),
+        Entry("MIM, whole output", MIM, {"mode": "de3"}, mask_ratios=(0.5, 0.75)),
+        Entry("MIM, visible kept", MIM, {"mode": "de3", "keep-visible": True}, mask_ratios=(0.5, 0.75)),
+    ],
+}
+
+
+# -------------------------------------------------------------------------------- the models
+
+def flag_words(flags):
+    """A dict of flags as words of a command line; True stands for a flag without a value."""
+    words = []
+    for name, value in flags.items():
+        words += [f"--{name}"] if value is True else [f"--{name}", str(value)]
+    return words
+
+
+def folders(entry, args, seed):
+    """The run folders of an entry's autoencoder and classifier for one seed."""
+    args = type(args)(**{**vars(args), "seed": seed})
+    task, made_with = entry.pretrain.get("task", "nim"), entry.finetune
+    level = 0.75 if task == "mim" else NoiseScale.parse(entry.pretrain["sigma"])
+    autoencoder = runs.autoencoder_folder(args, task, level)
+    classifier = runs.classifier_folder(
+        autoencoder, seed, made_with["mode"],
+        NoiseScale.parse(made_with["sigma"]) if "sigma" in made_with else None,
+        keep_visible="keep-visible" in made_with,
+        adversarial=cli.eps(made_with["adversarial"]) if "adversarial" in made_with else None,
+        arch=made_with.get("arch", "vit"))
+    return autoencoder, classifier
+
+
+def missing_commands(table, args):
+    """The commands that make the models which are not there, each once, in the order to run them."""
+    commands = []
+    for entry in table:
+        for seed in args.seeds:
+            autoencoder, classifier = folders(entry, args, seed)
+            common = {name: value for name, value, usual in [
+                ("data", args.data, "digits"), ("runs", args.runs, "runs"), ("seed", seed, 0)]
+                if value != usual}
+            if not (autoencoder / "checkpoint.pt").exists():
+                commands.append(["python", "pretrain.py", *flag_words({**entry.pretrain, **common})])
+            if not (classifier / "checkpoint.pt").exists():
+                flags = {"autoencoder": autoencoder, **entry.finetune, **common}
+                commands.append(["python", "finetune.py", *flag_words(flags)])
+    return list(dict.fromkeys(shlex.join(map(str, words)) for words in commands))
+
+
+# -------------------------------------------------------------------------------- the readings
+
+def tries(de3, images, labels):
+    """Ten draws of a defense (one where nothing is random): 1 where it is right, [draws, B]."""
+    draws = TRIES if de3.is_random else 1
+    return torch.stack([accuracy(de3, images, labels, 1) for _ in range(draws)])
+
+
+def with_known_noise(de3, images, labels, eps, steps, max_batch):
+    """(clean, robust) accuracy of each image where the attacker knows the noise: the mean of 3."""
+    clean, robust = [], []
+    for _ in range(KNOWN_NOISES):
+        noise = torch.randn_like(images[0])
+        fixed = De3(de3.autoencoder, de3.classifier, de3.sigma, noise=noise)
+        adversarial = pgd(fixed, images, labels, eps, 2 * steps, early_stop=True, max_batch=max_batch)
+        clean.append(accuracy(fixed, images, labels, 1))
+        robust.append(accuracy(fixed, adversarial, labels, 1))
+    return torch.stack(clean).mean(0), torch.stack(robust).mean(0)
+
+
+def measure(de3, batches, args, device, show):
+    """Every reading of one defense in percent: a dict with the columns from "clean" to "l2"."""
+    sums, seen = {}, 0
+    settings = dict(steps=args.steps, max_batch=args.max_batch, early_stop=not de3.is_random)
+    eot = args.eot if de3.is_random else 1
+
+    def add(name, values):
+        sums[name] = sums.get(name, 0.0) + values.sum().item()
+    for number, (images, labels) in enumerate(batches):
+        images, labels = images.to(device), labels.to(device)
+        training.seed_epoch(args.seed, number)
+        hits = tries(de3, images, labels)
+        add("clean", hits.mean(0))
+        add("clean_ten_tries", hits.amin(0))
+        show("PGD with EOT")
+        hits = tries(de3, pgd(de3, images, labels, args.eps, eot=eot, **settings), labels)
+        add("one_shot", hits.mean(0))
+        add("ten_tries", hits.amin(0))
+        if de3.is_random:
+            show("PGD without EOT")
+            add("no_eot", tries(de3, pgd(de3, images, labels, args.eps, **settings), labels).mean(0))
+        if args.l2:
+            show("PGD in L2")
+            adversarial = pgd(de3, images, labels, args.l2, norm="l2", eot=eot, **settings)
+            add("l2", tries(de3, adversarial, labels).mean(0))
+        if de3.is_random and de3.mask_ratio is None:
+            show("PGD that knows the noise")
+            clean, robust = with_known_noise(de3, images, labels, args.eps, args.steps, args.max_batch)
+            add("clean_noise_known", clean)
+            add("noise_known", robust)
+        seen += len(images)
+    result = {name: 100 * value / seen for name, value in sums.items()}
+    if not de3.is_random:  # one reading: nothing is drawn
+        result.update(no_eot=result["one_shot"], noise_known=result["one_shot"],
+                      clean_noise_known=result["clean"])
+    return result
+
+
+# ------------------------------------------------------------------------------------ the script
+
+def read_rows(path):
+    """The cells measured before; UserError for another file of that name."""
+    if not path.exists():
+        return []
+    with open(path, newline="", encoding="utf-8") as file:
+        table = csv.DictReader(file)
+        if table.fieldnames != FIELDS:
+            raise UserError(f"{path} is not a table of this compare.py: move it away")
+        return list(table)
+
+
+def write_rows(path, rows):
+    """The whole table, moved into place."""
+    text = io.StringIO(newline="")
+    table = csv.DictWriter(text, FIELDS)
+    table.writeheader()
+    table.writerows(rows)
+    runs.write_whole(path, lambda file: file.write(text.getvalue().encode()))
+
+
+def print_table(rows, args):
+    """Mean (and standard deviation) over the seeds, a line for each defense and level."""
+    columns = ["clean", "no_eot", "one_shot", "ten_tries", "noise_known", "clean_ten_tries", "l2"]
+    cells = {}
+    for row in rows:
+        cells.setdefault((row["defense"], row["level"]), []).append(row)
+    width = max(len(name) for name, _ in cells)
+    print(f"\n{rows[0]['images']} {args.split} images, PGD of {args.steps} steps at eps "
+          f"{255 * args.eps:g}/255, EOT {args.eot}, seeds {args.seeds}, L2 radius {args.l2:g}; mean ± "
+          f"standard deviation in %\n\n{'':{width}} {'level':>9}  "
+          + "  ".join(f"{name.replace('_', ' '):>15}" for name in columns))
+    for (name, level), found in cells.items():
+        texts = []
+        for column in columns:
+            values = [float(row[column]) for row in found if row[column] != ""]
+            if not values:
+                texts.append("-")
+            elif len(values) == 1:
+                texts.append(f"{values[0]:.1f}")
+            else:
+                texts.append(f"{mean(values):.1f} ± {stdev(values):.1f}")
+        print(f"{name:{width}} {level:>9}  " + "  ".join(f"{text:>15}" for text in texts))
+
+
+def arguments():
+    parser = cli.stage_parser(__doc__)
+    add = parser.add_argument
+    add("--seeds", nargs="+", type=cli.number(int), default=[0], help="of the trainings, default 0")
+    add("--split", choices=["train", "val", "test"], default="test", help="default test")
+    add("--images", type=cli.count, default=100, help="how many, evenly spread; default 100")
+    add("--eps", type=cli.eps, default=16 / 255, help="radius in L∞, default 16/255")
+    add("--l2", type=cli.number(float), default=1.0, help="radius in L2, default 1; 0 leaves it out")
+    add("--steps", type=cli.count, default=20, help="of PGD, default 20")
+    add("--eot", type=cli.count, default=8, help="draws in each gradient, default 8")
+    args = parser.parse_args()
+    args.size = args.size or data.defaults(args.data)["size"]
+    args.autoencoder = None  # each classifier's own
+    return args
+
+
+def main():
+    args = arguments()
+    device = cli.open_device(args.device)
+    if args.data not in TABLES:
+        raise UserError(f"there is no table of {args.data}: add one to TABLES in studies/compare.py")
+    missing = missing_commands(TABLES[args.data], args)
+    if missing:
+        raise UserError("models are missing; make them with: " + " && ".join(missing))
+    path = runs.data_folder(args.runs, args.data) / "compare.csv"
+    measured, rows, progress = read_rows(path), [], cli.Progress()
+    for entry in TABLES[args.data]:
+        for seed in args.seeds:
+            _, folder = folders(entry, args, seed)
+            classifier, checkpoint = weights.load_model(folder, "classifier", device, args)
+            autoencoder = None
+            if checkpoint["mode"] == "de3":
+                autoencoder, _, _ = evaluation.load_autoencoder(args, folder, checkpoint, device)
+            share, images_in_all, _ = evaluation.load_test_images(args, checkpoint)
+            batches = evaluation.test_batches(args, share)
+            for sigma, ratio in [(s, r) for s in entry.sigmas for r in entry.mask_ratios]:
+                de3 = De3(autoencoder, classifier, sigma, ratio, checkpoint["keep_visible"])
+                row = dict(
+                    defense=entry.name, level=de3.level, seed=seed,
+                    run=folder.relative_to(runs.data_folder(args.runs, args.data)),
+                    weights=runs.fingerprint(classifier), split=args.split, images=images_in_all,
+                    norm="linf", eps=f"{args.eps:.6g}", l2_radius=f"{args.l2:g}", steps=args.steps,
+                    eot=args.eot)
+                row = {name: str(value) for name, value in row.items()}
+                same = [old for old in measured if all(old[name] == row[name] for name in KEY)]
+                if same:
+                    rows.append({**same[0], "defense": entry.name})
+                    continue
+                started = time.time()
+                words = f"{entry.name}, {de3.level}, seed {seed}"
+                found = measure(de3, batches, args, device,
+                                lambda text: progress.show(f"{words}: {text}"))
+                progress.clear()
+                row.update({name: f"{value:.2f}" for name, value in found.items()})
+                row["seconds"] = f"{time.time() - started:.1f}"
+                rows.append({**dict.fromkeys(FIELDS, ""), **row})
+                measured.append(rows[-1])
+                write_rows(path, measured)
+                print(f"{words}: clean {row['clean']}, one shot {row['one_shot']}, {row['seconds']} s",
+                      flush=True)
+    print_table(rows, args)
+    print(f"\nwrote {path}")
+
+
+if __name__ == "__main__":
+    cli.run_script(main)

@@ -1,0 +1,124 @@
+"""tradeoff.png: clean and robust accuracy over sigma, from the comparison's table or attack.py's.
+
+    python -m studies.plot                                        RUNS/digits/compare.csv
+    python -m studies.plot --table runs/digits/attack.csv --out tradeoff.png
+
+Two panels, a curve for each defense with the spread over its seeds; what has no sigma is a level line.
+Robust is L∞ PGD with EOT, one shot. Needs matplotlib (pip install matplotlib).
+"""
+
+import argparse
+import csv
+import re
+from pathlib import Path
+from statistics import mean, stdev
+
+from model import UserError
+from support import cli, runs
+
+SHOWN = ("undefended", "adversarial training 16/255", "adversarial training 4/255", "noise only", "De³",
+         "De³, the paper's Γ(25, 3), U(0, 30)", "De³, fine-tuned on U(0, 60)",
+         "De³, fine-tuned on U(50, 150)", "MIM, whole output")  # at most six of them in one table
+STYLES = [("#000000", "-", "o"), ("#0072b2", "--", "s"), ("#d55e00", "-", "^"), ("#009e73", "-.", "D"),
+          ("#cc79a7", ":", "v"), ("#56b4e9", "--", "*")]  # Okabe and Ito's colors
+
+
+def points_of_comparison(rows):
+    """{name: {level: [(clean, robust), one for each seed]}} from compare.csv."""
+    points = {}
+    for row in rows:
+        values = float(row["clean"]), float(row["one_shot"])
+        points.setdefault(row["defense"], {}).setdefault(row["level"], []).append(values)
+    return points
+
+
+def points_of_attack(rows):
+    """The same from attack.csv: the largest eps, with EOT where there is a row with it."""
+    largest = max(float(row["eps"]) for row in rows)
+    points = {}
+    for row in rows:
+        if float(row["eps"]) != largest or row["attack"] == "fgsm":
+            continue
+        level = "off" if row["sigma"] == "" else f"σ = {float(row['sigma']):g}"
+        name = re.sub(r" σ = [\d.]+", "", row["defense"])
+        values = float(row["clean_accuracy"]), float(row["robust_accuracy"])
+        levels = points.setdefault(name, {})
+        if row["attack"] == "pgd+eot" or level not in levels:
+            levels[level] = [values]
+    return points
+
+
+def draw(path, points, title):
+    """Two panels over sigma, labels at the right end of the curves of the right panel."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise UserError("the plot needs matplotlib: pip install matplotlib") from None
+    sigmas = sorted({float(level[4:]) for levels in points.values() for level in levels
+                     if level.startswith("σ")})
+    if len(sigmas) < 2:
+        raise UserError("the table holds fewer than two sigmas: test more, with --sigma")
+    figure = Figure(figsize=(11, 4.6), layout="constrained")
+    panels = figure.subplots(1, 2, sharey=True)
+    ends = []
+    for (name, levels), (color, line, marker) in zip(points.items(), STYLES):
+        found = {float(level[4:]): values for level, values in levels.items() if level.startswith("σ")}
+        has_sigma = bool(found)
+        if not has_sigma:
+            everything = [value for values in levels.values() for value in values]
+            found = {sigmas[0]: everything, sigmas[-1]: everything}
+        for column, panel in enumerate(panels):
+            x = sorted(found)
+            y = [mean(value[column] for value in found[sigma]) for sigma in x]
+            spread = [stdev([value[column] for value in found[sigma]]) if len(found[sigma]) > 1 else 0
+                      for sigma in x]
+            panel.errorbar(x, y, spread, color=color, linestyle=line, linewidth=2, capsize=4,
+                           marker=marker if has_sigma else None, markersize=7)
+        ends.append((y[-1], name, color))
+    for column, (panel, what) in enumerate(zip(panels, ("clean images", "under attack (PGD with EOT)"))):
+        panel.set_title(what, fontsize=13)
+        panel.set_xlabel("σ at test time (8-bit units)", fontsize=12)
+        panel.set_ylim(-4, 104)  # no curve on an axis
+        panel.tick_params(labelsize=11)
+        panel.grid(alpha=0.3)
+    panels[0].set_ylabel("accuracy (%)", fontsize=12)
+    lowest = -100.0
+    for y, name, color in sorted(ends):  # labels do not overlap
+        lowest = max(y, lowest + 7)
+        panels[1].annotate(name, (1.02, (lowest + 4) / 108), xycoords="axes fraction", color=color,
+                           fontsize=12, va="center", annotation_clip=False)
+    figure.suptitle(title, fontsize=12)
+    runs.write_whole(Path(path), lambda file: figure.savefig(file, dpi=110, bbox_inches="tight"))
+    print(f"wrote {path}")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--table", type=Path, default=Path("runs/digits/compare.csv"),
+                        help="compare.csv or attack.csv; default runs/digits/compare.csv")
+    parser.add_argument("--out", type=Path, help="default: tradeoff.png beside the table")
+    args = parser.parse_args()
+    if not args.table.exists():
+        raise UserError(f"there is no {args.table}: python -m studies.compare, or attack.py, writes it")
+    with open(args.table, newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    if not rows or not {"eps", "images", "steps"} <= rows[0].keys():
+        raise UserError(f"{args.table} is no table of compare.py or attack.py")
+    if "one_shot" in rows[0]:
+        same = ("eps", "images", "split", "steps", "eot")  # as the last row: one attack, one picture
+        rows = [row for row in rows if all(row[name] == rows[-1][name] for name in same)]
+        points = points_of_comparison(rows)
+    else:
+        points = points_of_attack(rows)
+    points = {name: points[name] for name in SHOWN if name in points} or points
+    if len(points) > len(STYLES):
+        points = dict(list(points.items())[:len(STYLES)])
+    first = rows[0]
+    title = (f"{first['images']} {first['split']} images, PGD-{rows[-1]['steps']}, eps "
+             f"{255 * float(rows[-1]['eps']):.3g}/255")
+    draw(args.out or args.table.with_name("tradeoff.png"), points, title)
+
+
+if __name__ == "__main__":
+    cli.run_script(main)

@@ -1,0 +1,50 @@
+"""Sheets of captioned images, drawn with Pillow, and the PSNR that stands in their captions."""
+
+from typing import NamedTuple
+
+import torch
+from PIL import Image, ImageDraw, ImageFont
+from torchvision.transforms.functional import to_pil_image
+
+from support import runs
+
+CELL, GAP, TEXT = 112, 6, 15  # pixels: side of an image, space between, height of the letters
+WRONG = "#c1121f"  # red that stays dark in gray
+
+
+class Row(NamedTuple):
+    """A row of a sheet: what it shows, images [N, 3, H, W], a caption under each, in red where wrong."""
+    title: str
+    images: torch.Tensor
+    captions: list
+    wrong: list
+
+
+def psnr(images, reference):
+    """Peak signal-to-noise ratio in dB of each image: [B]."""
+    error = (images - reference).square().flatten(1).mean(1)
+    return -10 * error.clamp(min=1e-10).log10()
+
+
+def draw_sheet(path, heading, columns, rows):
+    """Write a PNG: a heading, a title for each column, then the rows, each with its title at the left."""
+    font = ImageFont.load_default(TEXT)
+    left = 12 + max(int(font.getlength(line)) for row in rows for line in row.title.split("\n"))
+    height = CELL + TEXT + 2 * GAP
+    top = (TEXT + 4) * (heading.count("\n") + 2) + 2 * GAP
+    width = left + len(rows[0].images) * (CELL + GAP)
+    sheet = Image.new("RGB", (width, top + len(rows) * height), "white")
+    draw = ImageDraw.Draw(sheet)
+    draw.multiline_text((GAP, GAP), heading, fill="black", font=font)
+    for column, title in enumerate(columns):
+        draw.text((left + column * (CELL + GAP), top - TEXT - 4), title, fill="black", font=font)
+    for row in rows:
+        draw.multiline_text((GAP, top + CELL // 3), row.title, fill="black", font=font)
+        for column, image in enumerate(row.images.clamp(0, 1).cpu()):
+            x = left + column * (CELL + GAP)
+            sheet.paste(to_pil_image(image).resize((CELL, CELL), Image.NEAREST), (x, top))
+            draw.text((x, top + CELL), row.captions[column], font=font,
+                      fill=WRONG if row.wrong[column] else "black")
+        top += height
+    runs.write_whole(path, lambda file: sheet.save(file, "png"))
+    print(f"wrote {path}")

@@ -1,0 +1,222 @@
+"""Run folders and checkpoints: RUNS/<data>/<autoencoder>/[<classifier>/]checkpoint.pt.
+
+One file per run, tensors and plain values only: kind ("autoencoder" or "classifier"), config
+(constructor arguments), model, optimizer, epoch (of epochs; with the seed it is the random state as
+well, see seed_epoch), settings (what decides the weights), and what the later stages need.
+"""
+
+import argparse
+import contextlib
+import hashlib
+import io
+import os
+import shlex
+from pathlib import Path
+
+import torch
+from torch import nn
+from torchvision.models import resnet18
+from torchvision.transforms import Normalize
+
+from model import SIZES, Autoencoder, Classifier, UserError
+from support import data
+from support.cli import rank
+
+
+# ------------------------------------------------------------------------------ names of folders
+
+def data_folder(runs, name):
+    """RUNS/<data>: the name of the data set, or of the folder it lies in."""
+    return Path(runs) / (name if name in data.DEFAULTS else Path(name).resolve().name)
+
+
+def run_folder(parent, seed, parts):
+    """A folder named by these parts (empty ones are left out) and, unless it is 0, the seed."""
+    parts = [str(part) for part in parts if part]
+    if seed:
+        parts.append(f"seed{seed}")
+    return parent / "_".join(parts).replace(":", "").replace(",", "-")
+
+
+def norm_pix_by_default(size):
+    """Whether the recipe of a size normalizes target patches: only at patches of 14 pixels and more."""
+    return SIZES[size]["patch_size"] >= 14
+
+
+def autoencoder_folder(args, task="nim", level=None, norm_pix=None, init=None):
+    """The folder of a pretraining run; without further arguments, that of pretrain.py's default run.
+
+    args: the flags --runs, --data, --size and --seed. level: the noise scale of NIM, the mask ratio
+    of MIM. It is named by these, and by what differs from the data set's defaults.
+    """
+    usual = data.defaults(args.data)
+    parts = [f"{task}_{usual['pretrain_sigma'] if level is None else level}"]
+    if args.size != usual["size"]:
+        parts.append(args.size)
+    if norm_pix is not None and norm_pix != norm_pix_by_default(args.size):
+        parts.append("normpix" if norm_pix else "plainpix")
+    if init:
+        parts.append(f"init-{Path(init).stem}")
+    return run_folder(data_folder(args.runs, args.data), args.seed, parts)
+
+
+def classifier_folder(parent, seed, mode, sigma=None, max_mask_ratio=None, keep_visible=False,
+                      adversarial=None, arch="vit", from_scratch=False, init=None):
+    """The folder of a fine-tuning run inside `parent`, named by what makes it different.
+
+    sigma, max_mask_ratio: None where the mode uses none.
+    """
+    parts = [mode, sigma]
+    if max_mask_ratio not in (None, 0.75):
+        parts.append(f"{max_mask_ratio:g}")
+    if keep_visible:
+        parts.append("visible")
+    if adversarial is not None:
+        parts.append(f"adversarial{255 * adversarial:g}")
+    if arch != "vit":
+        parts.append(arch)
+    elif from_scratch:
+        parts.append("scratch")
+    if init:
+        parts.append(f"init-{Path(init).stem}")
+    return run_folder(parent, seed, parts)
+
+
+def default_classifier_folders(args):
+    """The folders of finetune.py's default run: undefended and De³."""
+    parent = autoencoder_folder(args)
+    return [classifier_folder(parent, args.seed, "clean"),
+            classifier_folder(parent, args.seed, "de3", data.defaults(args.data)["finetune_sigma"])]
+
+
+def stage_command(stage, args):
+    """The command line that makes the default run of "pretrain" or "finetune" for these flags."""
+    usual = dict(data="digits", size=data.defaults(args.data)["size"], seed=0, runs="runs")
+    words = ["python", f"{stage}.py"]
+    for name, value in usual.items():
+        given = getattr(args, name)
+        if given != value:
+            words += [f"--{name}", str(given)]
+    return shlex.join(words)
+
+
+# ---------------------------------------------------------------------------------- checkpoints
+
+def write_whole(path, save):
+    """save(file) beside `path`, then move into place: a kill leaves the old file whole."""
+    buffer, temporary = io.BytesIO(), path.with_suffix(".tmp")
+    save(buffer)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(temporary, "wb") as file:
+            file.write(buffer.getbuffer())
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        raise UserError(f"could not save {path} ({error}); what was saved before is kept: make room, "
+                        "and go on with the same command (training: and --resume)") from None
+
+
+def save_checkpoint(path, checkpoint):
+    """Write a checkpoint, in the process of rank 0."""
+    if rank() == 0:
+        write_whole(path, lambda file: torch.save(checkpoint, file))
+
+
+def read_weights(path):
+    """A file of weights: tensors and plain values only, so that loading it cannot run code.
+
+    The one class let through is argparse.Namespace, which MAE's training checkpoints hold.
+    """
+    try:
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except (FileNotFoundError, IsADirectoryError):
+        raise UserError(f"there is no file {path}") from None
+    except Exception as error:  # torch.load of a damaged file raises many kinds
+        reason = (str(error) or type(error).__name__).splitlines()[0][:80]
+        raise UserError(f"{path} is damaged, no checkpoint, or holds objects that could run code "
+                        f"when loaded ({reason}); make it again (--overwrite) or get it again") from None
+
+
+def load_checkpoint(path, kind):
+    """Read a checkpoint of this project; UserError where it is another kind of file."""
+    checkpoint = read_weights(path)
+    if not isinstance(checkpoint, dict) or not {"kind", "config", "model", "epoch"} <= set(checkpoint):
+        raise UserError(f"{path} is not a checkpoint of this project")
+    if checkpoint["kind"] != kind:
+        raise UserError(f"{path} holds {checkpoint['kind']} weights where {kind} weights are needed")
+    return checkpoint
+
+
+def open_run(path, kind, settings, args, model, optimizer):
+    """Load what an earlier run saved at `path` into model and optimizer; returns its epoch, or 0.
+
+    A finished run with the same settings is kept (epoch == args.epochs). Raises UserError where
+    training would write over something else.
+    """
+    if args.overwrite and args.resume:
+        raise UserError("--resume and --overwrite exclude each other")
+    if args.overwrite or not path.exists():
+        nothing_to_resume = args.resume and not args.overwrite
+        print(f"{path.parent}: {'nothing saved yet, starting over' if nothing_to_resume else 'training'}")
+        return 0
+    checkpoint = load_checkpoint(path, kind)
+    old, epoch = checkpoint["settings"], checkpoint["epoch"]
+    changed = [f"{key} {old.get(key)} there, {settings.get(key)} here"
+               for key in sorted({*old, *settings}) if old.get(key) != settings.get(key)]
+    if changed:
+        raise UserError(f"{path.parent} holds a run with other settings ({'; '.join(changed)}): "
+                        "train anew with --overwrite, or keep both with another --runs folder")
+    if epoch == args.epochs:
+        print(f"{path.parent}: finished run kept, --overwrite trains anew")
+    elif args.resume:
+        print(f"{path.parent}: going on after epoch {epoch} of {args.epochs}")
+    else:
+        raise UserError(f"{path.parent} holds an unfinished run (epoch {epoch} of {args.epochs}): "
+                        "go on with --resume, or train anew with --overwrite")
+    model.load_state_dict(checkpoint["model"])
+    optimizer.load_state_dict(checkpoint["optimizer"])
+    return epoch
+
+
+def make_classifier(arch="vit", **config):
+    """The ViT ("vit"), or torchvision's "resnet18" with the normalization inside.
+
+    config holds the arguments of Classifier; of them resnet18 takes num_classes, mean and std.
+    Both are from [0, 1] images [B, 3, H, W] to logits [B, num_classes].
+    """
+    if arch == "vit":
+        return Classifier(**config)
+    return nn.Sequential(Normalize(config["mean"], config["std"]),
+                         resnet18(num_classes=config["num_classes"]))
+
+
+def load_finished(folder, kind, device="cpu", make_it="pretrain.py, then finetune.py"):
+    """A finished run's folder: (model in evaluation mode, without gradients; its checkpoint).
+
+    make_it: the command that a missing or unfinished run is made with, for the error's sentence.
+    """
+    path = Path(folder) / "checkpoint.pt"
+    if not path.exists():
+        raise UserError(f"{path} is missing; make it with: {make_it}")
+    checkpoint = load_checkpoint(path, kind)
+    if checkpoint["epoch"] < checkpoint["epochs"]:
+        raise UserError(f"{path} is unfinished (epoch {checkpoint['epoch']} of "
+                        f"{checkpoint['epochs']}); finish it with: {make_it} --resume")
+    make_model = Autoencoder if kind == "autoencoder" else make_classifier
+    try:
+        model = make_model(**checkpoint["config"])
+        model.load_state_dict(checkpoint["model"])
+    except (TypeError, RuntimeError) as error:
+        raise UserError(f"{path} does not fit this code: {str(error).splitlines()[0]}") from None
+    return model.to(device).eval().requires_grad_(False), checkpoint
+
+
+def fingerprint(model):
+    """Twelve hex digits of the weights, to notice an autoencoder that was trained anew."""
+    values = b"".join(value.cpu().numpy().tobytes() for value in model.state_dict().values())
+    return hashlib.sha256(values).hexdigest()[:12]

@@ -1,0 +1,167 @@
+"""Training steps that both training stages share: AdamW's groups, schedule, micro-batches, the log."""
+
+import contextlib
+import csv
+import io
+import math
+import time
+
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.flop_counter import FlopCounterMode
+
+from model import UserError
+from support import cli, runs
+
+LOG_FIELDS = ("epoch", "loss", "accuracy", "lr", "images_per_second")
+
+
+def seed_epoch(seed, epoch):
+    """All randomness of an epoch follows from (seed, epoch), so a resumed run repeats it exactly.
+
+    Each process draws its own noise; the order of the images is data.TrainingOrder's.
+    """
+    torch.manual_seed((seed * 1_000_003 + epoch + 1) * 1_009 + cli.rank())
+
+
+def parameter_groups(model, weight_decay, layer_decay=1.0):
+    """AdamW groups: no weight decay on 1-D parameters, nor on what model.no_weight_decay names.
+
+    layer_decay: the lr of block i is scaled by layer_decay^(depth - i), that of the tokens
+    (patches, positions, class) by layer_decay^(depth + 1), that of the head by 1 (as in MAE).
+    """
+    depth = len(getattr(model, "blocks", ()))
+    groups = {}
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        if name.startswith("blocks."):
+            layer = int(name.split(".")[1]) + 1
+        elif name.startswith(("cls_token", "pos_embed", "patch_embed")):
+            layer = 0
+        else:
+            layer = depth + 1
+        decays = parameter.dim() > 1 and name not in getattr(model, "no_weight_decay", ())
+        group = groups.setdefault((layer, decays), dict(
+            params=[], weight_decay=weight_decay if decays else 0.0,
+            lr_scale=layer_decay ** (depth + 1 - layer)))
+        group["params"].append(parameter)
+    return list(groups.values())
+
+
+def learning_rate(step, steps, warmup_steps, peak, final):
+    """Linear warm-up from 0, then half a cosine from peak to final; one value per iteration."""
+    if step < warmup_steps:
+        return peak * step / warmup_steps
+    progress = (step - warmup_steps) / max(1, steps - warmup_steps)
+    return final + (peak - final) * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def plan_batches(batch_size, max_batch, images):
+    """(batch as it is used, micro-batches of each process, steps of an epoch).
+
+    batch_size counts the images of all processes in one optimizer step; a process sees at most
+    max_batch at once, in micro-batches of equal size. Raises UserError for too few images.
+    """
+    processes = cli.process_count()
+    share = min(batch_size, images) // processes
+    if not share:
+        raise UserError(f"{images} images in batches of {batch_size} do not fill {processes} processes")
+    micro_batches = next(k for k in range(1, share + 1) if share % k == 0 and share // k <= max_batch)
+    batch = share * processes
+    return batch, micro_batches, images // batch
+
+
+def print_dry_run(args, model, loss_of_one_image, images, batch, micro_batches, steps):
+    """Print what the flags come to; loss_of_one_image() is called once, to count its operations."""
+    model.eval()  # batch norm takes no single image in training mode
+    with FlopCounterMode(display=False) as counter:
+        loss_of_one_image().backward()
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    processes = cli.process_count()
+    print(f"images          {images}\nparameters      {parameters / 1e6:.2f} million\n"
+          f"GFLOPs/image    {counter.get_total_flops() / 1e9:.3f} (one training step, 2 per "
+          f"multiply-add)\nbatch           {batch} = {processes} process(es) x {micro_batches} "
+          f"micro-batch(es) of {batch // micro_batches // processes}\n"
+          f"learning rate   {args.base_lr * batch / 256:.3g} at its peak\n"
+          f"epochs          {args.epochs}, {args.warmup_epochs:g} of them warm-up\n"
+          f"steps           {args.epochs * steps}, {steps} in an epoch")
+
+
+def distribute(model):
+    """DistributedDataParallel around the model, where there are several processes."""
+    return DistributedDataParallel(model) if dist.is_initialized() else model
+
+
+def gradient_averaging(model, last_micro_batch):
+    """Context of one micro-batch: gradients are averaged over processes in the last one only."""
+    if dist.is_initialized() and not last_micro_batch:
+        return model.no_sync()
+    return contextlib.nullcontext()
+
+
+def backward(loss, micro_batches, step):
+    """Gradients of one of the micro-batches of a step; a loss that is not finite stops the run."""
+    if not loss.isfinite():
+        raise UserError(f"the loss is {loss.item()} at step {step}; what was saved before is kept: "
+                        "try a lower --base-lr")
+    (loss / micro_batches).backward()
+
+
+def update(optimizer, lr):
+    """One optimizer step at this learning rate."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr * group["lr_scale"]
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+class EpochLog:
+    """The sums of one epoch in this process, its line on the screen, and its row in log.csv."""
+
+    def __init__(self, epoch, epochs, images_in_epoch):
+        self.epoch, self.epochs, self.images_in_epoch = epoch, epochs, images_in_epoch
+        self.started, self.progress = time.time(), cli.Progress()
+        self.loss_sum, self.images, self.hits = 0.0, 0, None
+
+    def add(self, loss, images, hits=None):
+        """Count a micro-batch: mean loss, number of images, correct ones (None where nobody counts)."""
+        self.loss_sum += loss * images
+        self.images += images
+        if hits is not None:
+            self.hits = (self.hits or 0) + hits
+        seconds = time.time() - self.started
+        left = seconds * (self.images_in_epoch / self.images - 1)
+        self.progress.show(f"epoch {self.epoch}: {100 * self.images / self.images_in_epoch:.0f}%, loss "
+                           f"{self.loss_sum / self.images:.4f}, {cli.minutes(left)} left in this epoch")
+
+    def finish(self, folder, lr):
+        """Print the epoch's line and write its row; rows of later epochs, of a killed run, go."""
+        seconds = time.time() - self.started
+        loss, images, hits = cli.sum_over_processes(self.loss_sum, self.images, self.hits or 0)
+        row = dict(epoch=self.epoch, loss=f"{loss / images:.6f}", lr=f"{lr:.3e}", accuracy="",
+                   images_per_second=f"{images / seconds:.1f}")
+        accuracy = ""
+        if self.hits is not None:
+            row["accuracy"] = f"{100 * hits / images:.2f}"
+            accuracy = f"accuracy {100 * hits / images:5.1f}%  "
+        left = seconds * (self.epochs - self.epoch)
+        self.progress.clear()
+        print(f"epoch {self.epoch:4d}/{self.epochs}  loss {loss / images:7.4f}  {accuracy}lr {lr:.1e}  "
+              f"{images / seconds:6.0f} images/s  {cli.minutes(left)} left", flush=True)
+        if cli.rank() == 0:
+            write_log_row(folder / "log.csv", row)
+
+
+def write_log_row(path, row):
+    """Put the row of an epoch behind those of earlier epochs."""
+    rows = []
+    if path.exists():
+        with open(path, newline="") as file:
+            rows = [old for old in csv.DictReader(file) if int(old["epoch"]) < row["epoch"]]
+    text = io.StringIO(newline="")
+    table = csv.DictWriter(text, LOG_FIELDS)
+    table.writeheader()
+    table.writerows([*rows, row])
+    runs.write_whole(path, lambda file: file.write(text.getvalue().encode()))

@@ -1,0 +1,125 @@
+"""The audit of an attack: it passes an honest defense and catches one that hides its gradients."""
+
+import functools
+import unittest
+from unittest import mock
+
+import torch
+
+from attack import accuracy, check_adversarial
+from model import De3, add_noise
+from studies import audit
+from tests.helpers import (Linear, assert_near, assert_refused, digits_names, digits_runs,
+                           linear_on_digits, random_images, run, seeded)
+
+
+class Quantizes(De3):
+    """Leaves no gradient."""
+
+    def purify(self, images):
+        return (super().purify(images) * 4).round().clamp(0, 4) / 4
+
+
+class DrownsGradients(De3):
+    """Adds noise that is large only while gradients are taken."""
+
+    def purify(self, images):
+        return add_noise(images, 2000 if torch.is_grad_enabled() else 20)
+
+
+class TestAudit(unittest.TestCase):
+    def suspicious(self, kind):
+        """The checks that a defense of this kind does not pass; the other model is its classifier."""
+        model, (images, labels) = linear_on_digits()
+        defense, others = kind(None, model, 20), [De3(None, model, None)]
+        checks = seeded(lambda: audit.audit(defense, images[:50], labels[:50], 0.05, 10, 2, 5, 400,
+                                            others))
+        return [name for name, figures, holds in checks if not holds]
+
+    def short_search(self):
+        """Makes the gradient-free attack one of few queries, where its result does not matter."""
+        search = functools.partial(audit.square_search, queries=2)
+        return mock.patch.object(audit, "square_search", search)
+
+    def assert_found(self, beginning, found):
+        self.assertTrue(any(name.startswith(beginning) for name in found), found)
+
+    def test_honest(self):
+        self.assertEqual(self.suspicious(De3), [])
+
+    def test_quantizes(self):
+        found = self.suspicious(Quantizes)
+        for name in ("under 5% of the input gradients are zero or not finite",
+                     "gray-box is no stronger than white-box", "the gradient predicts the loss",
+                     "images that fool another model (1) are no stronger"):
+            self.assert_found(name, found)
+
+    def test_noise_under_gradients(self):
+        found = self.suspicious(DrownsGradients)
+        self.assert_found("accuracy is the same while gradients are taken", found)
+        self.assert_found("the gradient predicts the loss", found)
+
+    def test_gain(self):
+        """Of a linear model the gradient predicts the gain exactly; of a quantized one nothing."""
+        images, labels = random_images(4, 3, 4, 4, low=0.3, high=0.7), torch.zeros(4, dtype=torch.long)
+        for kind, expected in ((De3, Linear().w.abs().sum() / 255), (Quantizes, torch.tensor(0.0))):
+            defense = kind(None, Linear(), 0)
+            predicted, _ = pair = audit.predicted_and_actual_gain(defense, images, labels).T
+            assert_near(predicted, expected.expand(4), atol=1e-4)
+            if kind is De3:
+                assert_near(*pair, atol=1e-4)
+
+    def test_search_without_gradients(self):
+        """Stays in the ball, and errs more the longer it searches."""
+        model, (images, labels) = linear_on_digits()
+        images, labels, rates = images[:50], labels[:50], []
+        for queries in (0, 60, 240):
+            x = seeded(lambda: audit.square_search(model, images, labels, 0.05, queries, draws=1))
+            check_adversarial(x, images, 0.05, "linf")
+            rates.append(accuracy(model, x, labels, 1).mean().item())
+        self.assertGreater(rates[0], rates[1])
+        self.assertGreater(rates[1], rates[2])
+        self.assertLess(rates[2], rates[0] - 0.1)
+
+    def test_large_data_in_batches(self):
+        """No model sees more than max_batch images at once."""
+        model, (images, labels) = linear_on_digits()
+        defense, sizes = De3(None, model, 20), []
+        hook = model.register_forward_pre_hook(lambda module, x: sizes.append(len(x[0])))
+        self.addCleanup(hook.remove)
+        with self.short_search():
+            audit.audit(defense, images[:20], labels[:20], 0.05, 1, 2, 1, 8)
+        self.assertLessEqual(max(sizes), 8)
+
+    def test_exit_code(self):
+        """1 if anything is suspicious."""
+        flags = self.few_images()
+        for holds, code in ((True, 0), (False, 1)):
+            checks = [("a check", "1.0", holds), ("another", "1.0", True)]
+            with mock.patch.object(audit, "audit", return_value=checks):
+                result = run("studies.audit", *flags)
+            self.assertEqual((result.code, "SUSPICIOUS" in result.out), (code, not holds))
+
+    def few_images(self):
+        """Flags of a short audit of De³ on the digits, of fewer images than are of use."""
+        patch = mock.patch.object(audit, "FEWEST_IMAGES", 6)
+        patch.start()
+        self.addCleanup(patch.stop)
+        return "--runs", digits_runs()[0], "--images", 6, "--draws", 1, "--steps", 1, "--eot", 1
+
+    def test_script(self):
+        """Audits De³ at its largest default sigma, with images that fool the undefended classifier."""
+        with self.short_search():
+            result = run("studies.audit", *self.few_images())
+        first, *lines = result.out.splitlines()
+        self.assertIn(f"De³ σ = 50 ({digits_names()[0]}): 6 test images", first)
+        self.assertRegex(result.out, r"(holds|SUSPICIOUS) +random noise of this eps")
+        self.assertRegex(result.out, r"(holds|SUSPICIOUS) +images that fool another model \(1\)")
+        self.assertEqual(result.code, int("SUSPICIOUS" in result.out))
+
+    def test_refuses(self):
+        """Settings under which its figures would say nothing, and those that it does not have."""
+        folder, *_ = digits_runs()
+        assert_refused(run("studies.audit", "--runs", folder, "--images", 89), ("89", "--images 90"))
+        for extra in (["--norm", "l2"], ["--threat", "gray"], ["--votes", "2"], ["--eps", "nan"]):
+            assert_refused(run("studies.audit", "--runs", folder, *extra), extra[0])

@@ -1,0 +1,156 @@
+"""What both training stages share: the schedule, AdamW's groups, batches, precision, the log."""
+
+import contextlib
+import io
+import math
+import unittest
+from unittest import mock
+
+import torch
+from torch import nn
+
+from model import UserError
+from support import cli, training
+from tests.helpers import (assert_near, assert_refused, finished, new_folder, photo_flags, photo_runs,
+                           read_csv, run, small_autoencoder, small_classifier)
+
+
+class TestTraining(unittest.TestCase):
+    def test_learning_rate(self):
+        rates = [training.learning_rate(step, 100, 20, 2.0, 0.5) for step in range(101)]
+        self.assertEqual(rates[0], 0)
+        self.assertAlmostEqual(rates[10], 1)
+        self.assertAlmostEqual(rates[20], 2)
+        self.assertAlmostEqual(rates[60], 1.25)  # half the way down
+        self.assertAlmostEqual(rates[40], 0.5 + 1.5 * (1 + math.cos(math.pi / 4)) / 2)
+        self.assertAlmostEqual(rates[100], 0.5)
+        self.assertEqual(max(rates), rates[20])
+        self.assertEqual(training.learning_rate(0, 100, 0, 2.0, 0.5), 2.0)  # no warm-up
+
+    def test_warmup_is_a_share_of_the_epochs(self):
+        """--epochs alone is enough; a warm-up as long as the training is refused."""
+        runs, _ = photo_runs()
+        for script, epochs, warmup in (("pretrain", 5, "0.5"), ("finetune", 6, "0.5")):
+            flags = (*photo_flags(runs), "--epochs", epochs, "--overwrite")
+            result = finished(run(script, *flags, "--dry-run"))
+            self.assertIn(f"epochs          {epochs}, {warmup} of them warm-up", result.out)
+            refused = run(script, *flags, "--warmup-epochs", epochs)
+            assert_refused(refused, (f"{epochs} epochs", "fewer --warmup-epochs"))
+        for script in ("pretrain", "finetune"):
+            finished(run(script, *photo_flags(runs), "--epochs", 5, "--overwrite"))
+
+    def test_parameter_groups(self):
+        classifier, found = small_classifier(), {}
+        groups = training.parameter_groups(classifier, 0.05, layer_decay=0.5)
+        names = {id(parameter): name for name, parameter in classifier.named_parameters()}
+        for group in groups:
+            for parameter in group["params"]:
+                found[names[id(parameter)]] = group["weight_decay"], group["lr_scale"]
+        self.assertEqual(set(found), set(names.values()))
+        self.assertEqual(sum(len(group["params"]) for group in groups), len(names))
+        for name, expected in {
+                "cls_token": (0, 0.125), "pos_embed": (0, 0.125),
+                "patch_embed.proj.bias": (0, 0.125), "patch_embed.proj.weight": (0.05, 0.125),
+                "blocks.0.attn.qkv.weight": (0.05, 0.25), "blocks.1.attn.qkv.weight": (0.05, 0.5),
+                "blocks.1.norm1.weight": (0, 0.5), "fc_norm.weight": (0, 1),
+                "head.weight": (0.05, 1), "head.bias": (0, 1)}.items():
+            self.assertEqual(found[name], expected, name)
+        pretraining = training.parameter_groups(small_autoencoder(), 0.05)
+        self.assertEqual({group["lr_scale"] for group in pretraining}, {1})
+        self.assertTrue(all(p.requires_grad for group in pretraining for p in group["params"]))
+
+    def test_update(self):
+        layers = [nn.Parameter(torch.ones(())) for _ in range(2)]
+        optimizer = torch.optim.SGD([dict(params=[layers[0]], lr_scale=1.0),
+                                     dict(params=[layers[1]], lr_scale=0.25)])
+        for _ in range(2):  # gradients add up over micro-batches, not over steps
+            for _ in range(3):
+                training.backward(3 * (layers[0] + layers[1]), micro_batches=3, step=0)
+            training.update(optimizer, lr=0.1)
+        assert_near(torch.stack(layers).detach(), torch.tensor([1 - 0.6, 1 - 0.15]))
+        for bad in (math.nan, math.inf):
+            with self.assertRaisesRegex(UserError, "step 7"):
+                training.backward(layers[0] * bad, 1, step=7)
+        assert_near(layers[0].detach(), torch.tensor(0.4))
+
+    def test_plan_of_batches(self):
+        """Equal micro-batches that fit; a batch no larger than the data set."""
+        for given, expected in [((32, 256, 1000), (32, 1, 31)), ((32, 10, 1000), (32, 4, 31)),
+                                ((32, 256, 20), (20, 1, 1)), ((7, 3, 70), (7, 7, 10))]:
+            self.assertEqual(training.plan_batches(*given), expected)
+        with mock.patch.object(cli, "process_count", return_value=3):
+            self.assertEqual(training.plan_batches(32, 5, 100), (30, 2, 3))
+            self.assertRaises(UserError, training.plan_batches, 2, 5, 100)
+
+    def test_autocast(self):
+        """bfloat16 where --bf16 says so; without the flag on a GPU only, and only in training."""
+        product = lambda: torch.ones(2, 2) @ torch.ones(2, 2)
+        for bf16, expected in ((True, torch.bfloat16), (False, torch.float32), (None, torch.float32)):
+            with cli.autocast(bf16, torch.device("cpu"), training=True):
+                self.assertEqual(product().dtype, expected)
+        for in_training in (True, False):
+            with mock.patch("torch.autocast") as autocast:
+                cli.autocast(None, torch.device("cuda"), in_training)
+            self.assertEqual(autocast.call_args.kwargs["enabled"], in_training)
+
+
+class Terminal(io.StringIO):
+    """A standard output that says it is a terminal."""
+
+    def isatty(self):
+        return True
+
+
+class TestLog(unittest.TestCase):
+    def finish_epoch(self, folder, epoch, hits, seconds=2.0):
+        """An epoch of two micro-batches of 10 images, with mean losses 1 and 2; its line."""
+        out = io.StringIO()
+        with mock.patch("time.time", return_value=1000.0) as now, contextlib.redirect_stdout(out):
+            log = training.EpochLog(epoch, 42, 20)
+            now.return_value += seconds
+            for loss in (1.0, 2.0):
+                log.add(loss, 10, hits)
+            log.finish(folder, lr=0.01)
+        return out.getvalue()
+
+    def test_line(self):
+        """Means over the epoch's images, its speed, and the time that the epochs left would take."""
+        for hits, accuracy in ((7.5, "accuracy  75.0%  "), (None, "")):
+            self.assertEqual(self.finish_epoch(new_folder(), 2, hits),
+                             f"epoch    2/42  loss  1.5000  {accuracy}lr 1.0e-02      "
+                             "10 images/s  1:20 left\n")
+
+    def test_row(self):
+        folder = new_folder()
+        self.finish_epoch(folder, 1, 5, seconds=4.0)
+        self.finish_epoch(folder, 2, None)
+        self.assertEqual(read_csv(folder / "log.csv"), [
+            dict(epoch="1", loss="1.500000", accuracy="50.00", lr="1.000e-02", images_per_second="5.0"),
+            dict(epoch="2", loss="1.500000", accuracy="", lr="1.000e-02", images_per_second="10.0")])
+
+    def test_rows_of_later_epochs_are_replaced(self):
+        """They were written by a run that was killed before it saved, or that is trained anew."""
+        folder = new_folder()
+        for epoch, expected in ((1, "1"), (2, "12"), (3, "123"), (2, "12"), (3, "123"), (1, "1")):
+            self.finish_epoch(folder, epoch, None)
+            self.assertEqual("".join(row["epoch"] for row in read_csv(folder / "log.csv")), expected)
+
+    def test_progress_on_a_terminal(self):
+        """One line that is rewritten, not too often, and removed before a lasting one."""
+        with mock.patch("sys.stdout", Terminal()) as out, \
+                mock.patch("time.time", return_value=1000.0) as now:
+            progress = cli.Progress(every=0.5)
+            progress.show("a long text")
+            progress.show("comes too soon")
+            now.return_value += 1
+            progress.show("short")
+            progress.clear()
+            progress.clear()
+        self.assertEqual(out.getvalue(), "\ra long text" "\rshort      " "\r     \r")
+
+    def test_progress_into_a_pipe(self):
+        with mock.patch("sys.stdout", io.StringIO()) as out:
+            progress = cli.Progress(every=0)
+            progress.show("half way")
+            progress.clear()
+        self.assertEqual(out.getvalue(), "")
