@@ -3,7 +3,6 @@
     python attack.py                                 undefended against De³, on the digits
     python attack.py --classifier RUN ... --eps 4/255 --sigma off 0 50
     python attack.py --steps 100 --eot 16 --restarts 3 --loss ce margin       a stronger attack
-    python attack.py --threat gray                   gradients of the classifier only
 
 Every attack is white-box through the whole defense unless --threat gray. A random defense must be
 attacked with EOT (pgd+eot): the gradient is averaged over --eot draws; plain pgd and fgsm see one
@@ -96,7 +95,7 @@ def strongest(model, candidates, labels, targets=None, draws=10):
     """Of several adversarial versions of each image, the one to keep.
 
     Highest error rate over fresh draws of the model, then highest mean margin: to choose on a
-    single evaluation of a random model picks luck, not strength. A De³ without randomness is drawn once.
+    single evaluation of a random model picks luck, not strength. Where nothing is random one is enough.
     """
     if not getattr(model, "is_random", True):
         draws = 1
@@ -169,34 +168,33 @@ def check_adversarial(adversarial, images, eps, norm):
         raise UserError(f"an adversarial image left the ball: {length.max():.6f} over eps {eps:.6f}")
 
 
-def robust_accuracy(defense, attacked, batches, device, eps, norm, losses, draws, settings, show):
-    """Attack every batch, check the ball, score on fresh draws: the sum of `accuracy` over images.
+def attack_batches(defense, attacked, batches, eps, norm, losses, draws, settings, show):
+    """Attack every batch, check the ball, score on fresh draws.
 
     attacked: the model that the attacker differentiates. losses: one attack each, the strongest
-    counts. settings: the other arguments of pgd. show(text): tells how far it is.
+    counts. settings: the other arguments of pgd. show(text, done) tells how far it is.
+    Returns images, adversarial images, labels, and the share of correct draws of each image.
     """
-    hits, seen, started = 0.0, 0, time.time()
-    for number, (images, labels) in enumerate(batches):
-        if number == 0:
-            show(f"{len(batches)} batch(es)")
-        images, labels = images.to(device), labels.to(device)
+    results = []
+    show(f"{len(batches)} batch(es)")
+    for number, (images, labels) in enumerate(batches, start=1):
         candidates = [pgd(attacked, images, labels, eps, norm=norm, loss=loss, **settings)
                       for loss in losses]
         adversarial = candidates[0]
         if len(candidates) > 1:
             adversarial = strongest(attacked, candidates, labels)
         check_adversarial(adversarial, images, eps, norm)
-        hits += accuracy(defense, adversarial, labels, draws).sum().item()
-        seen += len(images)
-        left = (time.time() - started) / (number + 1) * (len(batches) - number - 1)
-        show(f"batch {number + 1} of {len(batches)}, robust so far {100 * hits / seen:.1f}%, "
-             f"{cli.minutes(left)} left")
-    return hits
+        correct = accuracy(defense, adversarial, labels, draws)
+        results.append((images, adversarial, labels, correct))
+        so_far = torch.cat([correct for _, _, _, correct in results]).mean()
+        show(f"batch {number} of {len(batches)}, robust so far {100 * so_far:.1f}%",
+             number / len(batches))
+    return [torch.cat(values) for values in zip(*results)]
 
 
 # ----------------------------------------------------------------------------------- the stage
 
-def arguments(argv=None):
+def arguments():
     parser = cli.stage_parser(__doc__)
     evaluation.evaluation_flags(parser, images=80)
     add = parser.add_argument
@@ -210,8 +208,9 @@ def arguments(argv=None):
     add("--restarts", type=cli.count, default=1, help="of pgd, default 1")
     add("--eot", type=cli.count, default=8, help="draws in each gradient of pgd+eot, default 8")
     add("--loss", nargs="+", choices=["ce", "margin"], default=["ce"], help="both: the stronger one")
+    add("--save", metavar="FILE.npz", help="keep what a run of one row found, image by image")
     add("--threat", choices=["white", "gray"], default="white", help="gray: the classifier alone")
-    args = parser.parse_args(argv)
+    args = parser.parse_args()
     args.size = args.size or data.defaults(args.data)["size"]
     if args.norm == "linf" and max(args.eps) > 1:
         raise UserError(f"--eps {max(args.eps):g} is more than the range of the pixels, 1; write 8/255")
@@ -225,71 +224,66 @@ def attack_settings(args, attack, eps, de3):
         settings = dict(steps=1, step_size=eps, random_start=False, restarts=1)
     else:
         step_size = 2.5 * eps / args.steps if args.step_size is None else args.step_size
-        settings = dict(steps=args.steps, step_size=step_size, random_start=True,
-                        restarts=args.restarts)
+        settings = dict(steps=args.steps, step_size=step_size, restarts=args.restarts)
     averaged = attack == "pgd+eot" and de3.is_random and white_box
-    settings["eot"] = args.eot if averaged else 1
-    settings["early_stop"] = not de3.is_random and white_box
-    settings["max_batch"] = args.max_batch
+    settings.update(eot=args.eot if averaged else 1, max_batch=args.max_batch,
+                    early_stop=not de3.is_random and white_box)
     return settings
 
 
-def main(argv=None):
-    args = arguments(argv)
+def main():
+    args = arguments()
     device = cli.open_device(args.device)
     defenses, checkpoint = evaluation.load_defenses(args, device)
-    share, images_in_all, _ = evaluation.load_test_images(args, checkpoint)
-    batches = evaluation.test_batches(args, share)
-    table, rows, progress = runs.data_folder(args.runs, args.data) / "attack.csv", [], cli.Progress()
-    precision = "bf16" if args.bf16 else "fp32"
+    if args.save and (len(defenses) * len(args.eps) * len(args.attack) > 1 or cli.process_count() > 1):
+        raise UserError("--save keeps one row, of one process: choose one --classifier, --sigma, --eps "
+                        "and --attack")
+    own_images, images_in_all, _ = evaluation.load_test_images(args, checkpoint)
+    batches = evaluation.test_batches(args, own_images, device)
+    table, progress = runs.data_folder(args.runs, args.data) / "attack.csv", cli.Progress()
     width = max(len(defense.words) for defense in defenses)
     print(f"{images_in_all} {args.split} images, {args.norm}, {args.steps} steps, EOT {args.eot}, "
           f"{args.restarts} restart(s), loss {'+'.join(args.loss)}, {args.threat}-box, {DRAWS} draws, "
           f"seed {args.seed}; accuracy in % [95% interval]\n\n{'defense':{width}} {'eps':>7}  "
           f"{'attack':8} {'clean':>19} {'robust':>19} {'seconds':>8}   gradients/s")
-    for words, run, autoencoder, de3 in defenses:
+    for defense in defenses:
+        words, de3 = defense.words, defense.de3
         draws = DRAWS if de3.is_random else 1
         training.seed_epoch(args.seed, 0)
-        with cli.autocast(args.bf16, device, training=False):
-            hits = sum(accuracy(de3, images.to(device), labels.to(device), draws).sum().item()
-                       for images, labels in batches)
-        clean = cli.sum_over_processes(hits)[0] * 100 / images_in_all
+        with cli.autocast(args.bf16, device):
+            clean = torch.cat([accuracy(de3, images, labels, draws) for images, labels in batches])
+        clean = cli.sum_over_processes(clean.sum().item())[0] * 100 / images_in_all
         attacked = de3 if args.threat == "white" else de3.classifier
         for eps in args.eps:
+            ball = f"{255 * eps:g}/255" if args.norm == "linf" else f"{eps:g}"
             for attack in args.attack:
                 settings = attack_settings(args, attack, eps, de3)
                 if attack == "pgd+eot" and "pgd" in args.attack and settings["eot"] == 1:
                     continue  # nothing is random for the attacker: the same as pgd
-                ball = f"{255 * eps:g}/255" if args.norm == "linf" else f"{eps:g}"
                 training.seed_epoch(args.seed, 0)
                 started = time.time()
-                with cli.autocast(args.bf16, device, training=False):
-                    hits = robust_accuracy(
-                        de3, attacked, batches, device, eps, args.norm, args.loss, draws, settings,
-                        lambda text: progress.show(f"{words}, {ball}, {attack}: {text}"))
+                with cli.autocast(args.bf16, device):
+                    images, adversarial, labels, correct = attack_batches(
+                        de3, attacked, batches, eps, args.norm, args.loss, draws, settings,
+                        lambda text, done=None: progress.show(f"{words}, {ball}, {attack}: {text}",
+                                                              done))
                 progress.clear()
-                robust = cli.sum_over_processes(hits)[0] * 100 / images_in_all
+                robust = cli.sum_over_processes(correct.sum().item())[0] * 100 / images_in_all
                 seconds = time.time() - started
+                evaluation.append_row(table, evaluation.row_of(
+                    defense, args, settings, attack=attack, eps=f"{eps:.6g}", draws=draws,
+                    images=images_in_all, clean_accuracy=f"{clean:.2f}",
+                    robust_accuracy=f"{robust:.2f}", seconds=f"{seconds:.1f}"))
                 gradients = images_in_all * settings["steps"] * settings["eot"] * settings["restarts"]
                 speed = f"{gradients * len(args.loss) / seconds:.0f}"
-                rows.append({
-                    "defense": words, "run": run, "autoencoder": autoencoder,
-                    "sigma": "" if de3.sigma is None else de3.sigma.fixed,
-                    "mask_ratio": "" if de3.mask_ratio is None else de3.mask_ratio,
-                    "attack": attack, "norm": args.norm, "eps": f"{eps:.6g}",
-                    "steps": settings["steps"], "step_size": f"{settings['step_size']:.6g}",
-                    "restarts": settings["restarts"], "eot": settings["eot"],
-                    "loss": "+".join(args.loss), "threat": args.threat, "reading": "one shot",
-                    "draws": draws, "images": images_in_all, "split": args.split, "seed": args.seed,
-                    "precision": precision, "clean_accuracy": round(clean, 2),
-                    "robust_accuracy": round(robust, 2), "seconds": round(seconds, 1)})
-                evaluation.append_row(table, rows[-1])
                 print(f"{words:{width}} {ball:>7}  {attack:8} "
                       f"{evaluation.interval(clean, images_in_all):>19} "
                       f"{evaluation.interval(robust, images_in_all):>19} {seconds:8.1f} "
                       f"{'stopped early' if settings['early_stop'] else speed:>13}", flush=True)
     print(f"\nwrote {table}")
-    return rows
+    if args.save:
+        evaluation.save_arrays(args.save, images=images, adversarial=adversarial, labels=labels,
+                               correct=correct)
 
 
 if __name__ == "__main__":

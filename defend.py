@@ -61,7 +61,7 @@ def purify_photos(args, defenses, checkpoint, device):
         print(f"wrote purified images to {folder}/")
 
 
-def print_clean_accuracy(args, defenses, batches, images_in_all, device):
+def print_clean_accuracy(args, defenses, batches, images_in_all):
     """A table: accuracy on clean images, and PSNR of what the classifier sees, over sigma."""
     width = max(len(defense.words) for defense in defenses)
     print(f"{images_in_all} {args.split} images, votes {args.votes}, seed {args.seed}\n\n"
@@ -70,7 +70,6 @@ def print_clean_accuracy(args, defenses, batches, images_in_all, device):
         training.seed_epoch(args.seed, 0)
         started, hits, decibels = time.time(), 0, 0
         for images, labels in batches:
-            images, labels = images.to(device), labels.to(device)
             with torch.no_grad():
                 hits += (de3(images).argmax(1) == labels).sum().item()
                 decibels += pictures.psnr(de3.purify(images), images).sum().item()
@@ -93,9 +92,9 @@ def draw_defense(path, args, undefended, de3, images, labels, classes):
             if de3.autoencoder is not None:
                 purified = de3.autoencoder.reconstruct(noisy, adversarial).clamp(0, 1)
 
-        def row(title, shown, answering):
-            predicted = answering(shown.clamp(0, 1)).argmax(1)
-            return pictures.Row(title, shown, [classes[label] for label in predicted],
+        def row(title, pictured, answering):
+            predicted = answering(pictured.clamp(0, 1)).argmax(1)
+            return pictures.Row(title, pictured, [classes[label] for label in predicted],
                                 (predicted != labels).tolist())
         level = de3.level.replace("σ = ", "sigma ")  # the font has no Greek letters
         rows = [row("clean\n(undefended)", images, undefended),
@@ -103,9 +102,9 @@ def draw_defense(path, args, undefended, de3, images, labels, classes):
                 row("attacked\nthrough De3\n(undefended)", adversarial, undefended),
                 row("the same, noisy\n(undefended)", noisy, undefended),
                 row(f"denoised\n(De3, {level})", purified, de3.classifier)]
-    heading = ("Above, the true label; under each image the answer of the classifier in brackets, red where "
-               f"wrong.\nPGD, {args.steps} steps, eps {255 * args.eps:.3g}/255; through De3 ({level}) with "
-               f"EOT {args.eot}.")
+    heading = ("Above, the true label; under each image the answer of the classifier in brackets, red "
+               f"where wrong.\nPGD, {args.steps} steps, eps {255 * args.eps:.3g}/255; through De3 "
+               f"({level}) with EOT {args.eot}.")
     pictures.draw_sheet(path, heading, [classes[label] for label in labels], rows)
 
 
@@ -117,8 +116,9 @@ def main():
         if cli.rank() == 0:
             purify_photos(args, defenses, checkpoint, device)
         return
-    share, images_in_all, classes = evaluation.load_test_images(args, checkpoint)
-    print_clean_accuracy(args, defenses, evaluation.test_batches(args, share), images_in_all, device)
+    own_images, images_in_all, classes = evaluation.load_test_images(args, checkpoint)
+    batches = evaluation.test_batches(args, own_images, device)
+    print_clean_accuracy(args, defenses, batches, images_in_all)
 
     # the picture: De³ at its middle level, beside the undefended classifier
     defended = [de3 for _, _, _, de3 in defenses if de3.defended]
@@ -127,10 +127,10 @@ def main():
         return
     de3 = defended[len(defended) // 2]
     undefended = undefended[0] if undefended else De3(None, de3.classifier, None)
-    few = data.evenly_spread(share, PICTURED)
-    images, labels = next(iter(data.loader(few, PICTURED)))
+    few = data.evenly_spread(own_images, PICTURED)
+    images, labels = next(iter(data.Loader(few, PICTURED, device=device)))
     draw_defense(runs.data_folder(args.runs, args.data) / "defend.png", args, undefended, de3,
-                 images.to(device), labels.to(device), classes)
+                 images, labels, classes)
 
 
 if __name__ == "__main__":

@@ -4,7 +4,6 @@
     python finetune.py --mode clean --from-scratch  undefended, no pretraining
     python finetune.py --mode no-denoise            noise without denoising, the ablation
     python finetune.py --adversarial 16/255         adversarial training; --mode de3: through De³
-    python finetune.py --arch resnet18              torchvision's resnet18 instead of the ViT
     python finetune.py --autoencoder runs/digits/mim_0.75 --mode de3 --keep-visible     behind MIM
 
 Order: augment, mix (or attack: PGD through the defense, one draw a step), noise, denoise without
@@ -27,13 +26,14 @@ TINY = dict(epochs=48, batch_size=32, base_lr=3.2e-2, warmup_share=1 / 12, weigh
 RECIPES = {  # the paper's from base on; tiny was chosen on the validation images of the digits
     "tiny": TINY,
     "tiny resnet18": {**TINY, "epochs": 12, "batch_size": 128, "base_lr": 2e-3},
-    "small": {**PAPER, "epochs": 50, "batch_size": 256, "warmup_share": 0.1},
+    "small": dict(epochs=10, batch_size=128, base_lr=4e-3, warmup_share=0.1, weight_decay=0.05,
+                  layer_decay=0.75, drop_path=0.0, label_smoothing=0.1, attack_steps=2),
+    "medium": {**PAPER, "epochs": 50, "batch_size": 256, "warmup_share": 0.1, "attack_steps": 2},
     "base": PAPER,
     "large": {**PAPER, "epochs": 50, "warmup_share": 0.1},
     "huge": {**PAPER, "epochs": 50, "warmup_share": 0.1, "drop_path": 0.2},
 }
-MAX_MASK_RATIO = 0.75
-AUGMENT_FROM = 10_000  # training images: with fewer, the paper's augmentation hinders more than it helps
+AUGMENT_FROM = 10_000  # training images: with fewer, the paper's augmentation hinders
 
 
 def arguments():
@@ -44,20 +44,20 @@ def arguments():
         "(with --adversarial: clean)")
     add("--autoencoder", type=cli.run_path, metavar="RUN", help="folder of the pretraining run, or a "
         "file of published weights; default: the run that pretrain.py makes by default")
-    add("--sigma", type=cli.noise_scale, help="noise scale in 8-bit units, one draw per image; default "
-        "uniform:0,30, digits uniform:100,400")
-    add("--max-mask-ratio", type=cli.ratio, default=MAX_MASK_RATIO,
-        help="behind MIM: the ratio is drawn from Uniform(0, this); default 0.75")
+    add("--sigma", type=cli.noise_scale, help="noise scale in 8-bit units, one draw per image; "
+        "default: the data set's, uniform:0,30 in the paper")
+    add("--max-mask-ratio", type=cli.ratio, default=0.75, help="behind MIM: the ratio is drawn from "
+        "Uniform(0, this); default 0.75")
     add("--keep-visible", action="store_true", help="behind MIM: keep unmasked patches as they are")
     add("--adversarial", type=cli.eps, metavar="EPS", help="adversarial training, linf, as 8/255")
     add("--from-scratch", action="store_true", help="random weights instead of the encoder's")
     add("--arch", choices=["vit", "resnet18"], default="vit", help="default vit")
     cli.training_flags(parser, RECIPES)
     args = parser.parse_args()
-    usual = data.defaults(args.data)
-    args.size = args.size or usual["size"]
+    data_defaults = data.defaults(args.data)
+    args.size = args.size or data_defaults["size"]
     cli.apply_recipe(args, RECIPES.get(f"{args.size} {args.arch}", RECIPES[args.size]))
-    args.sigma = args.sigma or cli.noise_scale(usual["finetune_sigma"])
+    args.sigma = args.sigma or cli.noise_scale(data_defaults["finetune_sigma"])
     args.from_scratch = args.from_scratch or args.arch != "vit"
     if args.init and args.from_scratch:
         raise UserError("--init is for the ViT, and not for --from-scratch")
@@ -66,25 +66,82 @@ def arguments():
     return args
 
 
-def choose_augmentation(args, images_in_all):
-    """(images are augmented, and their labels smoothed; images and labels are mixed).
+def choose_augmentation(args, train_set, image_size):
+    """(what augments a batch, or None; whether images and labels are mixed; the label smoothing).
 
-    The digits are only shifted; not in adversarial training, which shifting makes weaker. Others get
-    the paper's augmentation, where there are enough of them; adversarial images are not mixed.
+    Small images are cropped and flipped. Others get the paper's augmentation, as they are loaded,
+    where there are enough of them; adversarial images are not mixed.
     """
     if args.data == "digits":
-        return args.adversarial is None, False
-    augmented = images_in_all >= AUGMENT_FROM
-    return augmented, augmented and args.adversarial is None
+        if args.adversarial is not None:  # which shifted digits and smoothed labels make weaker
+            return None, False, 0.0
+        return training.shift, False, args.label_smoothing
+    if data.in_memory(train_set):
+        return training.crop_and_flip, False, args.label_smoothing
+    if len(train_set) < AUGMENT_FROM:
+        return None, False, 0.0
+    color = data.defaults(args.data)
+    train_set.transform = training.finetune_transform(image_size, color["mean"], color["std"])
+    return None, args.adversarial is None, args.label_smoothing
+
+
+def run_of(args, mode, uses_sigma, behind_mim, autoencoder, source):
+    """The folder of a run, and the settings that a later run of that name must share.
+
+    What this mode does not use has no part in either.
+    """
+    sigma = args.sigma if uses_sigma else None
+    max_mask_ratio = args.max_mask_ratio if behind_mim else None
+    parent, ignored = runs.data_folder(args.runs, args.data), ["autoencoder", "mode"]
+    if autoencoder is not None:
+        parent = parent / source.stem if source.is_file() else source
+    if not uses_sigma:
+        ignored.append("sigma")
+    if not behind_mim:
+        ignored += ["max_mask_ratio", "keep_visible"]
+    folder = runs.classifier_folder(parent, args.seed, mode, sigma, max_mask_ratio, args.keep_visible,
+                                    args.adversarial, args.arch, args.from_scratch, args.init)
+    settings = cli.training_settings(args, *ignored)
+    settings["autoencoder"] = "" if autoencoder is None else runs.fingerprint(autoencoder)
+    return folder, settings
+
+
+def attack_images(args, defense, images, labels, step, warmup_steps):
+    """Adversarial training's images: PGD through the defense; its eps grows during the warm-up.
+
+    The attack meets the network as it will be tested, without drop path, and batch norm must not learn
+    from the attack's own steps: hence the evaluation mode.
+    """
+    eps = args.adversarial
+    if step < warmup_steps:
+        eps *= step / warmup_steps
+    defense.classifier.eval()
+    return pgd(defense, images, labels, eps, args.attack_steps)
+
+
+def print_accuracy(args, mode, defense, heldout, device):
+    """Accuracy on held-out images, seen as in training."""
+    defense.classifier.eval()
+    training.seed_epoch(args.seed, args.epochs)
+    level = "" if mode == "clean" else f" at sigma {args.sigma}"
+    if defense.mask_ratio is not None:
+        defense.mask_ratio = args.max_mask_ratio / 2
+        level = f" at mask ratio {defense.mask_ratio:g}"
+    heldout, hits = data.evenly_spread(heldout, 1000, cli.rank(), cli.process_count()), 0
+    for images, labels in data.Loader(heldout, 250, args.workers, device):
+        with torch.no_grad():
+            hits += (defense(images).argmax(1) == labels).sum().item()
+    hits, images = cli.sum_over_processes(hits, len(heldout))
+    print(f"{mode}{level}: {100 * hits / images:.1f}% of {images:.0f} validation images")
 
 
 def train(args, mode, device):
     """Train one classifier; mode: de3, clean or no-denoise."""
     # the autoencoder to start from, and to stand behind
-    usual = data.defaults(args.data)
+    data_defaults = data.defaults(args.data)
     source = args.autoencoder or runs.autoencoder_folder(args)
     autoencoder, behind_mim = None, False
-    size = dict(SIZES[args.size], mean=usual["mean"], std=usual["std"])
+    size = dict(SIZES[args.size], mean=data_defaults["mean"], std=data_defaults["std"])
     starts_from_encoder = not (args.from_scratch or args.init)
     if mode == "de3" or starts_from_encoder:
         autoencoder, pretraining = weights.load_model(source, "autoencoder", device, args)
@@ -93,6 +150,7 @@ def train(args, mode, device):
     if args.keep_visible and not behind_mim:
         raise UserError("--keep-visible is for --mode de3 behind an autoencoder of --task mim")
     uses_sigma = mode != "clean" and not behind_mim
+    folder, settings = run_of(args, mode, uses_sigma, behind_mim, autoencoder, source)
 
     # the data
     train_set = data.load_dataset(args.data, "train", size["image_size"])
@@ -100,16 +158,13 @@ def train(args, mode, device):
     if heldout.classes != train_set.classes:
         raise UserError(f"{args.data}: train/ and val/ do not hold the same classes")
     num_classes = len(train_set.classes)
-    augmented, mixed = choose_augmentation(args, len(train_set))
-    if augmented and args.data != "digits":
-        train_set.transform = data.finetune_transform(size["image_size"])
-    label_smoothing = args.label_smoothing if augmented else 0.0
+    augment, mixed, label_smoothing = choose_augmentation(args, train_set, size["image_size"])
     mix = v2.RandomChoice([v2.MixUp(alpha=0.8, num_classes=num_classes),
                            v2.CutMix(alpha=1.0, num_classes=num_classes)])
     batch, micro_batches, steps = training.plan_batches(args.batch_size, args.max_batch, len(train_set))
     order = data.TrainingOrder(len(train_set), batch, micro_batches, args.seed, cli.rank(),
                                cli.process_count())
-    batches = data.loader(train_set, order, args.workers, device)
+    batches = data.Loader(train_set, order, args.workers, device)
 
     # the classifier, new, from the encoder, or as an earlier run left it
     torch.manual_seed(args.seed)
@@ -126,32 +181,19 @@ def train(args, mode, device):
     defense = De3(autoencoder if mode == "de3" else None, classifier,
                   args.sigma if uses_sigma else None,
                   args.max_mask_ratio if behind_mim else None, args.keep_visible)
-
-    # the run's folder, and what an earlier run left there
-    parent = runs.data_folder(args.runs, args.data)
-    if autoencoder is not None:
-        parent = parent / source.stem if source.is_file() else source
-    folder = runs.classifier_folder(
-        parent, args.seed, mode, args.sigma if uses_sigma else None,
-        args.max_mask_ratio if behind_mim else None, args.keep_visible, args.adversarial, args.arch,
-        args.from_scratch, args.init)
-    path = folder / "checkpoint.pt"
-    ignored = ["autoencoder", "mode"]
-    ignored += [] if uses_sigma else ["sigma"]
-    ignored += [] if behind_mim else ["max_mask_ratio", "keep_visible"]
-    settings = cli.training_settings(args, *ignored)
-    settings["autoencoder"] = runs.fingerprint(autoencoder) if autoencoder is not None else ""
     if args.dry_run:
         image = torch.zeros(1, 3, size["image_size"], size["image_size"], device=device)
         print(f"{mode}:")
         training.print_dry_run(args, classifier, lambda: classifier(defense.purify(image)).sum(),
                                len(train_set), batch, micro_batches, steps)
         return
+    path = folder / "checkpoint.pt"
     first_epoch = runs.open_run(path, "classifier", settings, args, classifier, optimizer)
     if args.compile:
         cli.compile_models(device, autoencoder, classifier)
 
     # training
+    bf16 = cli.training_precision(args.bf16, device, args.size)
     model = training.distribute(classifier)
     peak_lr, warmup_steps = args.base_lr * batch / 256, args.warmup_epochs * steps
     for epoch in range(first_epoch, args.epochs):
@@ -161,55 +203,37 @@ def train(args, mode, device):
         for number, (images, labels) in enumerate(batches):
             step = epoch * steps + number // micro_batches
             last_micro_batch = (number + 1) % micro_batches == 0
-            if augmented and args.data == "digits":
-                images = data.shift(images)
-            images, labels = images.to(device, non_blocking=True), labels.to(device)
-            images, targets = images.clamp(0, 1), labels  # random erasing leaves [0, 1]
+            targets = labels
+            if augment is not None:
+                images = augment(images)
             if behind_mim:
                 defense.mask_ratio = args.max_mask_ratio * torch.rand(()).item()
             if args.adversarial is not None:
-                # The attack meets the network as it will be tested, without drop path, and batch norm
-                # must not learn from the attack's own steps. Its eps grows during the warm-up.
-                classifier.eval()
-                eps = args.adversarial
-                if step < warmup_steps:
-                    eps *= step / warmup_steps
-                images = pgd(defense, images, labels, eps, args.attack_steps)
+                with cli.autocast(bf16, device):
+                    images = attack_images(args, defense, images, labels, step, warmup_steps)
             elif mixed:
                 images, targets = mix(images, labels)
             classifier.train()
             with training.gradient_averaging(model, last_micro_batch):
-                with cli.autocast(args.bf16, device, training=True):
+                with cli.autocast(bf16, device):
                     with torch.no_grad():
                         purified = defense.purify(images)
                     logits = model(purified)
                     loss = F.cross_entropy(logits, targets, label_smoothing=label_smoothing)
                 training.backward(loss, micro_batches, step)
             if last_micro_batch:
-                lr = training.learning_rate(step, args.epochs * steps, warmup_steps, peak_lr, final=1e-6)
+                lr = training.learning_rate(step, args.epochs * steps, warmup_steps, peak_lr, 1e-6)
                 training.update(optimizer, lr)
             hits = None if mixed else (logits.argmax(1) == labels).sum().item()
             log.add(loss.item(), len(images), hits)
+        log.finish(folder, lr)  # before the checkpoint: a row too many is replaced on --resume
         runs.save_checkpoint(path, {
             "kind": "classifier", "config": config, "mode": mode, "settings": settings,
             "classes": train_set.classes, "keep_visible": args.keep_visible,
             "model": classifier.state_dict(), "optimizer": optimizer.state_dict(),
-            "epoch": epoch + 1, "epochs": args.epochs})
-        log.finish(folder, lr)
+            "epoch": epoch + 1, "epochs": args.epochs, **runs.provenance()})
 
-    # accuracy on held-out images, seen as in training
-    classifier.eval()
-    training.seed_epoch(args.seed, args.epochs)
-    level = "" if mode == "clean" else f" at sigma {args.sigma}"
-    if behind_mim:
-        defense.mask_ratio = args.max_mask_ratio / 2
-        level = f" at mask ratio {defense.mask_ratio:g}"
-    heldout, hits = data.evenly_spread(heldout, 1000, cli.rank(), cli.process_count()), 0
-    for images, labels in data.loader(heldout, 250, workers=args.workers):
-        with torch.no_grad():
-            hits += (defense(images.to(device)).argmax(1).cpu() == labels).sum().item()
-    hits, images = cli.sum_over_processes(hits, len(heldout))
-    print(f"{mode}{level}: {100 * hits / images:.1f}% of {images:.0f} validation images")
+    print_accuracy(args, mode, defense, heldout, device)
     print(f"wrote {path}\n" if first_epoch < args.epochs else "")
 
 

@@ -20,8 +20,10 @@ DECODER = dict(decoder_embed_dim=512, decoder_depth=8, decoder_num_heads=16)
 SIZES = {  # arguments of Autoencoder; base, large and huge are MAE's
     "tiny": dict(image_size=32, patch_size=8, embed_dim=64, depth=4, num_heads=4,  # the digits
                  decoder_embed_dim=64, decoder_depth=2, decoder_num_heads=4),
-    "small": dict(image_size=32, patch_size=4, embed_dim=192, depth=7, num_heads=6,  # 32x32 color
-                  decoder_embed_dim=128, decoder_depth=4, decoder_num_heads=4),
+    "small": dict(image_size=32, patch_size=4, embed_dim=144, depth=5, num_heads=3,  # 32x32 color
+                  decoder_embed_dim=96, decoder_depth=2, decoder_num_heads=3),
+    "medium": dict(image_size=32, patch_size=4, embed_dim=192, depth=7, num_heads=6,  # on a GPU
+                   decoder_embed_dim=128, decoder_depth=4, decoder_num_heads=4),
     "base": dict(image_size=224, patch_size=16, embed_dim=768, depth=12, num_heads=12, **DECODER),
     "large": dict(image_size=224, patch_size=16, embed_dim=1024, depth=24, num_heads=16, **DECODER),
     "huge": dict(image_size=224, patch_size=14, embed_dim=1280, depth=32, num_heads=16, **DECODER),
@@ -34,7 +36,7 @@ class UserError(ValueError):
 
 @dataclass(frozen=True)
 class NoiseScale:
-    """What sigma is drawn from: Gamma(shape, scale), or Uniform(low, high), low = high if it is fixed."""
+    """What sigma is drawn from: Gamma(shape, scale) or Uniform(low, high), low = high if fixed."""
     kind: str  # "gamma" or "uniform"
     first: float  # shape, or low
     second: float  # scale, or high
@@ -80,10 +82,9 @@ class NoiseScale:
 
 
 def add_noise(images, sigma, noise=None):
-    """x + ε·σ/255, not clipped.
+    """x + ε·σ/255, not clipped; sigma is a number, or one for each image, [B].
 
-    sigma is a number or one per image, [B]. ε ~ N(0, I) is drawn fresh at every call, unless `noise`
-    gives it: [3, H, W], the same for all images, or [B, 3, H, W].
+    ε ~ N(0, I) is drawn fresh at every call, unless noise, [3, H, W] or [B, 3, H, W], gives it.
     """
     sigma = torch.as_tensor(sigma).to(images).view(-1, 1, 1, 1)
     if noise is None:
@@ -133,7 +134,11 @@ class Attention(nn.Module):
         B, L, D = x.shape
         qkv = self.qkv(x).reshape(B, L, 3, self.num_heads, D // self.num_heads)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each [B, heads, L, D/heads]
-        x = F.scaled_dot_product_attention(q, k, v)
+        if x.is_cuda:
+            x = F.scaled_dot_product_attention(q, k, v)
+        else:  # by hand: on a CPU the fused kernel's backward is slower (studies.speed)
+            scores = q * (D // self.num_heads) ** -0.5 @ k.transpose(-2, -1)  # [B, heads, L, L]
+            x = scores.softmax(-1) @ v
         return self.proj(x.transpose(1, 2).reshape(B, L, D))
 
 
@@ -316,15 +321,13 @@ def check_images(images):
     """UserError unless images are a float tensor [B, C, H, W] within [0, 1] (1e-6 tolerated)."""
     if not torch.is_tensor(images) or not images.is_floating_point() or images.dim() != 4:
         raise UserError("images must be a floating-point tensor [B, C, H, W] in [0, 1]")
-    if images.numel() == 0:
-        return
-    low, high = images.detach().aminmax()
+    low, high = images.detach().aminmax() if images.numel() else (0, 0)
     if not (low >= -1e-6 and high <= 1 + 1e-6):  # NaN fails this too
         raise UserError(f"images must lie in [0, 1], without NaN (found {low:g} to {high:g})")
 
 
 def clamp_straight_through(x):
-    """clamp(x, 0, 1), with the gradient of the identity, not zero where it cuts (Athalye et al. 2018)."""
+    """clamp(x, 0, 1) with the gradient of the identity, not 0 where it cuts (Athalye et al. 2018)."""
     zero = x - x.detach()  # zero in value, the identity in gradient
     return x.clamp(0, 1).detach() + zero
 
@@ -352,10 +355,8 @@ class De3(nn.Module):
         if votes < 1:
             raise UserError(f"votes must be at least 1, not {votes}")
         if mask_ratio is not None:
-            if autoencoder is None:
-                raise UserError("masking (mask_ratio) needs an autoencoder to fill in")
-            if sigma is not None or noise is not None:
-                raise UserError("masking (mask_ratio) takes the place of noise: leave sigma None")
+            if autoencoder is None or sigma is not None or noise is not None:
+                raise UserError("mask_ratio needs an autoencoder to fill in, sigma and noise None")
             if not 0 <= mask_ratio < 1:
                 raise UserError(f"mask_ratio must be in [0, 1), not {mask_ratio}")
         if sigma is not None and not isinstance(sigma, NoiseScale):
@@ -389,7 +390,7 @@ class De3(nn.Module):
         if not self.defended:
             return images
         if self.mask_ratio is not None:
-            purified = self.fill_in(images)
+            purified = self.mask_and_fill_in(images)
         else:
             sigma = self.sigma.draw(len(images), images.device)
             purified = add_noise(images, sigma, self.noise)
@@ -399,7 +400,7 @@ class De3(nn.Module):
             return clamp_straight_through(purified)
         return purified.clamp(0, 1)
 
-    def fill_in(self, images):
+    def mask_and_fill_in(self, images):
         """MIM's version of denoising, not clamped: mask at random, let the autoencoder fill in."""
         _, prediction, mask = self.autoencoder.mim(images, self.mask_ratio)
         filled = self.autoencoder.to_images(prediction, images)

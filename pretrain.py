@@ -3,7 +3,6 @@
     python pretrain.py                          NIM on the digits, sigma ~ Gamma
     python pretrain.py --task mim               the baseline, MAE's masking
     python pretrain.py --sigma 75               one fixed sigma instead of a random one
-    python pretrain.py --data FOLDER --size small --sigma gamma:25,3
 
 Writes RUNS/<data>/<run>/: checkpoint.pt and log.csv after every epoch; at the end the PSNR on
 held-out images, as a table and as pretrain.png. Next: finetune.py.
@@ -13,13 +12,14 @@ import argparse
 
 import torch
 
-from model import SIZES, Autoencoder, De3, add_noise, unpatchify
+from model import SIZES, Autoencoder, De3, add_noise
 from support import cli, data, pictures, runs, training, weights
 
 PAPER = dict(epochs=800, batch_size=4096, base_lr=1.5e-4, warmup_share=0.05, weight_decay=0.05)
 RECIPES = {  # the paper's from base on; tiny was chosen on the validation images of the digits
     "tiny": dict(epochs=80, batch_size=32, base_lr=3.2e-2, warmup_share=0.1, weight_decay=0.05),
-    "small": dict(epochs=200, batch_size=512, base_lr=1e-3, warmup_share=0.05, weight_decay=0.05),
+    "small": dict(epochs=10, batch_size=128, base_lr=2e-3, warmup_share=0.1, weight_decay=0.05),
+    "medium": dict(epochs=200, batch_size=512, base_lr=1e-3, warmup_share=0.05, weight_decay=0.05),
     "base": PAPER, "large": PAPER, "huge": PAPER,
 }
 MASK_RATIO = 0.75  # of MIM; its loss is over masked patches only
@@ -31,15 +31,16 @@ def arguments():
     add = parser.add_argument
     add("--task", choices=["nim", "mim"], default="nim", help="default nim")
     add("--sigma", type=cli.noise_scale, help="noise scale in 8-bit units, one draw per image: a "
-        "number, gamma:SHAPE,SCALE or uniform:LOW,HIGH; default gamma:25,3, digits gamma:10,12")
+        "number, gamma:SHAPE,SCALE or uniform:LOW,HIGH; default: the data set's, "
+        "gamma:25,3 in the paper")
     add("--norm-pix", action=argparse.BooleanOptionalAction,
         help="normalize each target patch; default: only at patches of 14 pixels and more")
     cli.training_flags(parser, RECIPES)
     args = parser.parse_args()
-    usual = data.defaults(args.data)
-    args.size = args.size or usual["size"]
+    data_defaults = data.defaults(args.data)
+    args.size = args.size or data_defaults["size"]
     cli.apply_recipe(args, RECIPES[args.size])
-    args.sigma = args.sigma or cli.noise_scale(usual["pretrain_sigma"])
+    args.sigma = args.sigma or cli.noise_scale(data_defaults["pretrain_sigma"])
     args.mask_ratio = MASK_RATIO
     if args.norm_pix is None:
         args.norm_pix = runs.norm_pix_by_default(args.size)
@@ -49,14 +50,14 @@ def arguments():
 def print_psnr(autoencoder, args, heldout, device):
     """A table: PSNR on held-out images of what goes in and of what comes out, level by level."""
     nim = args.task == "nim"
-    print("\nsigma  noisy dB  denoised dB" if nim else "\nmask ratio  filled in dB (visible patches kept)")
+    print("\nsigma  noisy dB  denoised dB" if nim else
+          "\nmask ratio  filled in dB (visible patches kept)")
     for level in SIGMAS if nim else MASK_RATIOS:
         sigma, mask_ratio = (level, None) if nim else (None, level)
         defense = De3(autoencoder, None, sigma, mask_ratio, keep_visible=True)
         training.seed_epoch(args.seed, args.epochs)
         before = after = 0
-        for images, _ in data.loader(heldout, 250, workers=args.workers):
-            images = images.to(device)
+        for images, _ in data.Loader(heldout, 250, args.workers, device):
             with torch.no_grad():
                 before += pictures.psnr(add_noise(images, level), images).sum().item()
                 after += pictures.psnr(defense.purify(images), images).sum().item()
@@ -69,37 +70,6 @@ def print_psnr(autoencoder, args, heldout, device):
         print("(--norm-pix: each patch has the mean and sd of the clean image's back)")
 
 
-@torch.no_grad()
-def draw_result(path, autoencoder, image, nim, seed):
-    """pretrain.png, from one held-out image [1, 3, H, W]: clean, noisy and denoised, over sigma.
-
-    For MIM: clean, masked and filled in, over the mask ratio. Under each image stands its PSNR.
-    """
-    torch.manual_seed(seed)
-    levels = SIGMAS if nim else MASK_RATIOS
-    clean = image.repeat(len(levels), 1, 1, 1)
-    if nim:
-        before = add_noise(clean, torch.tensor(SIGMAS))
-        after = autoencoder.reconstruct(before, clean)
-    else:
-        before, after = clean.clone(), clean.clone()
-        for i, ratio in enumerate(MASK_RATIOS):
-            _, prediction, mask = autoencoder.mim(image, ratio)
-            pixels = mask[:, :, None].expand_as(prediction)
-            dropped = unpatchify(pixels, autoencoder.patch_size)[0] == 1  # [3, H, W]
-            filled = autoencoder.to_images(prediction, image)[0]
-            before[i] = torch.where(dropped, 0.5, image[0])
-            after[i] = torch.where(dropped, filled, image[0])
-    before, after = before.clamp(0, 1), after.clamp(0, 1)
-    names = ("clean", "noisy", "denoised") if nim else ("clean", "masked", "filled in")
-    rows = [pictures.Row(names[0], clean, [""] * len(levels), wrong=[False] * len(levels))]
-    for name, shown in zip(names[1:], (before, after)):
-        decibels = [f"{value:.1f} dB" for value in pictures.psnr(shown, clean).tolist()]
-        rows.append(pictures.Row(name, shown, decibels, wrong=[False] * len(levels)))
-    columns = [f"sigma {level}" if nim else f"mask {level:g}" for level in levels]
-    pictures.draw_sheet(path, "A held-out image; under it the PSNR to the clean one", columns, rows)
-
-
 def main():
     args = arguments()
     device = cli.open_device(args.device)
@@ -109,19 +79,20 @@ def main():
     settings = cli.training_settings(args)
 
     # the data
-    usual, size = data.defaults(args.data), SIZES[args.size]
+    data_defaults, size = data.defaults(args.data), SIZES[args.size]
     train = data.load_dataset(args.data, "train", size["image_size"],
-                              data.pretrain_transform(size["image_size"]))
+                              training.pretrain_transform(size["image_size"]))
     heldout = data.evenly_spread(data.load_dataset(args.data, "val", size["image_size"]), 1000,
                                  cli.rank(), cli.process_count())
     batch, micro_batches, steps = training.plan_batches(args.batch_size, args.max_batch, len(train))
     order = data.TrainingOrder(len(train), batch, micro_batches, args.seed, cli.rank(),
                                cli.process_count())
-    batches = data.loader(train, order, args.workers, device)
+    batches = data.Loader(train, order, args.workers, device)
+    crops = args.data != "digits" and data.in_memory(train)
 
     # the model, new or as an earlier run left it
     torch.manual_seed(args.seed)
-    config = dict(size, norm_pix=args.norm_pix, mean=usual["mean"], std=usual["std"])
+    config = dict(size, norm_pix=args.norm_pix, mean=data_defaults["mean"], std=data_defaults["std"])
     autoencoder = Autoencoder(**config).to(device)
     if args.init:
         weights.initialize_from_file(autoencoder, args.init)
@@ -140,6 +111,7 @@ def main():
         cli.compile_models(device, autoencoder)
 
     # training
+    bf16 = cli.training_precision(args.bf16, device, args.size)
     model = training.distribute(autoencoder)
     peak_lr = args.base_lr * batch / 256
     for epoch in range(first_epoch, args.epochs):
@@ -147,11 +119,12 @@ def main():
         order.epoch = epoch
         log = training.EpochLog(epoch + 1, args.epochs, steps * batch // cli.process_count())
         for number, (images, _) in enumerate(batches):
-            images = images.to(device, non_blocking=True)
+            if crops:
+                images = training.crop_and_flip(images)
             step = epoch * steps + number // micro_batches
             last_micro_batch = (number + 1) % micro_batches == 0
             with training.gradient_averaging(model, last_micro_batch):
-                with cli.autocast(args.bf16, device, training=True):
+                with cli.autocast(bf16, device):
                     if nim:
                         noisy = add_noise(images, args.sigma.draw(len(images), device))
                         loss = model(images, noisy)
@@ -163,16 +136,17 @@ def main():
                                             peak_lr, final=0.0)
                 training.update(optimizer, lr)
             log.add(loss.item(), len(images))
+        log.finish(folder, lr)  # before the checkpoint: a row too many is replaced on --resume
         runs.save_checkpoint(path, {
             "kind": "autoencoder", "config": config, "task": args.task, "settings": settings,
             "model": autoencoder.state_dict(), "optimizer": optimizer.state_dict(),
-            "epoch": epoch + 1, "epochs": args.epochs})
-        log.finish(folder, lr)
+            "epoch": epoch + 1, "epochs": args.epochs, **runs.provenance()})
 
     print_psnr(autoencoder, args, heldout, device)
     if cli.rank() == 0:
-        image, _ = heldout[len(heldout) // 2]
-        draw_result(folder / "pretrain.png", autoencoder, image[None].to(device), nim, args.seed)
+        few, _ = next(iter(data.Loader(heldout, 10, device=device)))
+        pictures.draw_pretraining(folder / "pretrain.png", autoencoder, few[-1:],
+                                  SIGMAS if nim else MASK_RATIOS, nim, args.seed)
     if first_epoch < args.epochs:
         print(f"\nwrote {path}")
 

@@ -1,1 +1,1 @@
-"""What goes beyond the four stages, one file a study, run as python -m studies.NAME from the repository."""
+"""What goes beyond the four stages, one file a study: python -m studies.NAME, from the repository."""

@@ -15,12 +15,12 @@ import sys
 
 import torch
 
-from attack import accuracy, check_adversarial, margin, objective, pgd, project, strongest
+from attack import accuracy, check_adversarial, margin, objective, pgd, strongest
 from model import De3, UserError
+from studies.square import QUERIES, square_search
 from support import cli, data, evaluation, runs, training, weights
 
 FEWEST_IMAGES = 90  # 9 of them, the fewest that can count, are then 10 points
-SEARCH_QUERIES, SEARCH_DRAWS = 300, 4  # of the gradient-free attack
 
 
 def changed(defense, **attributes):
@@ -36,8 +36,6 @@ def in_batches(function, images, labels, max_batch):
     pairs = zip(images.split(max_batch), labels.split(max_batch))
     return torch.cat([function(x, y) for x, y in pairs])
 
-
-# ------------------------------------------------------------------ attacks that do without PGD
 
 def predicted_and_actual_gain(defense, images, labels, step=1 / 255):
     """Gain of the margin by one sign step: as the gradient predicts it, and as it is: [B, 2].
@@ -63,41 +61,8 @@ def predicted_and_actual_gain(defense, images, labels, step=1 / 255):
     return torch.stack([predicted, actual], dim=1).detach()
 
 
-@torch.no_grad()
-def square_search(model, images, labels, eps, queries=SEARCH_QUERIES, draws=SEARCH_DRAWS):
-    """A gradient-free attack: random search over squares (Andriushchenko et al. 2020, L∞).
-
-    Starts from vertical stripes of ±eps. Each query paints one square of each image, channel by
-    channel, with +eps or -eps, and keeps it where the margin, the mean over draws of the model, grows.
-    The squares shrink from half of the image to a few pixels. Returns adversarial images.
-    """
-    def mean_margin(x):
-        return torch.stack([margin(model(x), labels) for _ in range(draws)]).mean(0)
-    B, C, H, W = images.shape
-
-    def signs(*shape):
-        return torch.randint(2, shape, device=images.device) * 2.0 - 1
-    x = project(images + eps * signs(B, C, 1, W), images, eps, "linf")
-    best = mean_margin(x)
-    for query in range(queries):
-        area = 0.25 * 2.0 ** (-6 * query / queries)  # share of the image
-        side = max(1, round(H * math.sqrt(area)))
-        colors = eps * signs(B, C, 1, 1)
-        candidate = x.clone()
-        for i in range(B):
-            top, left = torch.randint(H - side + 1, ()), torch.randint(W - side + 1, ())
-            square = (i, slice(None), slice(top, top + side), slice(left, left + side))
-            candidate[square] = images[square] + colors[i]
-        candidate.clamp_(0, 1)
-        gain = mean_margin(candidate)
-        better = gain > best
-        x[better], best[better] = candidate[better], gain[better]
-    return x
-
-
-# ------------------------------------------------------------------------------------- the audit
-
-def audit(defense, images, labels, eps, steps, eot, draws, max_batch, others=(), show=lambda text: None):
+def audit(defense, images, labels, eps, steps, eot, draws, max_batch, others=(),
+          show=lambda text: None):
     """Checks of a De3, and of the attack on it: a list of (what must hold, figures, holds).
 
     images [B, 3, H, W] in [0, 1] with labels [B]; eps: radius in L∞; steps, eot: of PGD; draws: fresh
@@ -179,7 +144,7 @@ def audit(defense, images, labels, eps, steps, eot, draws, max_batch, others=(),
     found = in_batches(lambda a, b: square_search(defense, a, b, eps), images, labels,
                        max(1, max_batch))
     check_adversarial(found, images, eps, "linf")
-    compare(f"gradient-free search ({SEARCH_QUERIES} queries) is no stronger", base, score(found))
+    compare(f"gradient-free search ({QUERIES} queries) is no stronger", base, score(found))
     for number, other in enumerate(others, start=1):
         compare(f"images that fool another model ({number}) are no stronger", base,
                 score(attacked(other, eot=1)))
@@ -201,7 +166,7 @@ def audit(defense, images, labels, eps, steps, eot, draws, max_batch, others=(),
         spread, always = hits.mean(1).std(), hits.amin(0).mean()
         shots[name + " in words"] = (f"{name} {100 * hits.mean():.1f} ± {100 * spread:.1f} / "
                                      f"{100 * always:.1f}")
-    add("one shot ± spread / right in all of ten tries; ten votes, attacked with ten votes, are no worse",
+    add("ten votes, attacked with ten votes, are no worse (one shot ± spread / right in all of ten)",
         not above(shots["attacked"], shots["attacked, 10 votes"]),
         "; ".join(text for name, text in shots.items() if name.endswith("in words")))
     return checks
@@ -239,13 +204,15 @@ def main():
         raise UserError("the audit runs in one process: leave out torchrun")
     defenses, checkpoint = evaluation.load_defenses(args, device)
     words, run, _, de3 = defenses[-1]
-    undefended = runs.default_classifier_folders(args)[1]
-    folders = args.transfer or [folder for folder in [undefended] if (folder / "checkpoint.pt").exists()]
+    undefended, _ = runs.default_classifier_folders(args)
+    folders = args.transfer or []
+    if not args.transfer and (undefended / "checkpoint.pt").exists():
+        folders = [undefended]
     others = [De3(None, weights.load_model(folder, "classifier", device, args)[0], None)
               for folder in folders]
-    share, _, _ = evaluation.load_test_images(args, checkpoint)
-    batches = evaluation.test_batches(args, share)
-    images, labels = (torch.cat(values).to(device) for values in zip(*batches))
+    own_images, _, _ = evaluation.load_test_images(args, checkpoint)
+    batches = evaluation.test_batches(args, own_images, device)
+    images, labels = (torch.cat(values) for values in zip(*batches))
     training.seed_epoch(args.seed, 0)
     progress = cli.Progress()
     print(f"audit of {words} ({run}): {len(images)} {args.split} images, eps {255 * args.eps:g}/255, "

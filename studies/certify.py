@@ -81,14 +81,15 @@ def certify(de3, image, n0, n, max_batch):
     return label, hits, de3.sigma.fixed / 255 * NormalDist().inv_cdf(p)
 
 
-def certify_images(de3, images, n0, n, max_batch, device, show):
-    """A list of dicts, one for each (image, label): number, label, predicted, hits, radius."""
+def certify_images(de3, single_images, n0, n, max_batch, show):
+    """A list of dicts, one for each batch of one image: number, label, predicted, hits, radius."""
     rows = []
-    for number, (image, label) in enumerate(images):
-        predicted, hits, radius = certify(de3, image.to(device), n0, n, max_batch)
+    for number, (images, label) in enumerate(single_images):
+        predicted, hits, radius = certify(de3, images[0], n0, n, max_batch)
         rows.append(dict(image=number, label=int(label), predicted=predicted, hits=hits, draws=n,
                          l2_radius=radius))
-        show(f"σ = {de3.sigma}: image {number + 1} of {len(images)}")
+        show(f"σ = {de3.sigma}: image {number + 1} of {len(single_images)}",
+             (number + 1) / len(single_images))
     return rows
 
 
@@ -103,8 +104,7 @@ def print_table(rows, de3, n, image_shape):
     for radius in sorted(radii):
         certified = sum(row["predicted"] == row["label"] and row["l2_radius"] >= radius for row in rows)
         print(f"{radius:9.2f}  {100 * certified / len(rows):20.1f}{radii[radius]}")
-    print(f"\nThe radius is an L2 length over all pixels; {n} draws certify {most:.2f} at most (--n).\n",
-          flush=True)
+    print(f"\nThe radius is an L2 length over all pixels; {n} draws certify at most {most:.2f} (--n)\n")
 
 
 def save_table(path, rows):
@@ -142,15 +142,16 @@ def main():
         defenses = random or defenses
     for defense in defenses:
         check_certifiable(defense.de3)
-    share, _, _ = evaluation.load_test_images(args, checkpoint)
+    own_images, _, _ = evaluation.load_test_images(args, checkpoint)
     progress = cli.Progress()
     for words, run, _, de3 in defenses:
         training.seed_epoch(args.seed, 0)
-        rows = certify_images(de3, share, args.n0, args.n, args.max_batch, device, progress.show)
+        single_images = data.Loader(own_images, 1, device=device)
+        rows = certify_images(de3, single_images, args.n0, args.n, args.max_batch, progress.show)
         progress.clear()
-        print(f"{words} ({run}): {len(share)} {args.split} images, class from {args.n0} draws, bound from "
-              f"{args.n}, 99.9% confidence, seed {args.seed}\n")
-        print_table(rows, de3, args.n, share[0][0].shape)
+        print(f"{words} ({run}): {len(own_images)} {args.split} images, class from {args.n0} draws, "
+              f"bound from {args.n}, 99.9% confidence, seed {args.seed}\n")
+        print_table(rows, de3, args.n, own_images[0][0].shape)
         save_table(runs.data_folder(args.runs, args.data) / run / f"certify_sigma{de3.sigma}.csv", rows)
 
 

@@ -12,96 +12,28 @@ again, so a run that was cut short goes on. The three readings of a random defen
     noise known    one noise for all images, fixed and known to the attacker (arXiv 2404.14309), who
                    needs no EOT: PGD of twice the steps, the mean of 3 noises; not for masking
 
-Where nothing is random all three are one. "no EOT" shows what an attack without it would claim, "l2"
-is PGD in L2 with EOT, the threat that nobody trained for.
+Where nothing is random all three are one. "no EOT" is what an attack without it would claim; "l2" and
+"l2 twice" are PGD in L2 with EOT, at --l2 and twice that radius: the threat that nobody trained for.
 """
 
 import csv
 import io
-import shlex
 import time
 from statistics import mean, stdev
-from typing import NamedTuple
 
 import torch
 
 from attack import accuracy, pgd
-from model import De3, NoiseScale, UserError
+from model import De3, UserError
+from studies.tables import TABLES, folders, missing_commands
 from support import cli, data, evaluation, runs, training, weights
 
 TRIES, KNOWN_NOISES = 10, 3
-FIELDS = ("defense level seed run weights split images norm eps l2_radius steps eot clean clean_ten_tries "
-          "clean_noise_known no_eot one_shot ten_tries noise_known l2 seconds").split()
+COLUMN = 17  # width of a column of the printed table
+FIELDS = ("defense level seed run weights split images norm eps l2_radius steps eot clean "
+          "clean_ten_tries clean_noise_known no_eot one_shot ten_tries noise_known l2 l2_twice seconds"
+          ).split()
 KEY = ("level", "seed", "run", "weights", "split", "images", "eps", "l2_radius", "steps", "eot")
-
-
-class Entry(NamedTuple):
-    """A defense of the comparison: its name, its runs by their flags, and where it is tested."""
-    name: str
-    pretrain: dict
-    finetune: dict
-    sigmas: tuple = (None,)
-    mask_ratios: tuple = (None,)
-
-
-DIGITS = {"sigma": "gamma:10,12"}
-MIM = {"task": "mim"}
-TABLES = {
-    "digits": [
-        Entry("undefended", DIGITS, {"mode": "clean"}),
-        Entry("adversarial training 16/255", DIGITS, {"mode": "clean", "adversarial": "16/255"}),
-        Entry("noise only", DIGITS, {"mode": "no-denoise", "sigma": "uniform:100,400"}, (100, 200)),
-        Entry("De³", DIGITS, {"mode": "de3", "sigma": "uniform:100,400"}, (0, 100, 200)),
-        Entry("De³, pretrained on σ = 120", {"sigma": "120"}, {"mode": "de3", "sigma": "uniform:100,400"},
-              (0, 100, 200)),
-        Entry("De³, the paper's Γ(25, 3), U(0, 30)", {"sigma": "gamma:25,3"},
-              {"mode": "de3", "sigma": "uniform:0,30"}, (0, 100, 200)),
-        Entry("MIM, whole output", MIM, {"mode": "de3"}, mask_ratios=(0.5, 0.75)),
-        Entry("MIM, visible kept", MIM, {"mode": "de3", "keep-visible": True}, mask_ratios=(0.5, 0.75)),
-    ],
-}
-
-
-# -------------------------------------------------------------------------------- the models
-
-def flag_words(flags):
-    """A dict of flags as words of a command line; True stands for a flag without a value."""
-    words = []
-    for name, value in flags.items():
-        words += [f"--{name}"] if value is True else [f"--{name}", str(value)]
-    return words
-
-
-def folders(entry, args, seed):
-    """The run folders of an entry's autoencoder and classifier for one seed."""
-    args = type(args)(**{**vars(args), "seed": seed})
-    task, made_with = entry.pretrain.get("task", "nim"), entry.finetune
-    level = 0.75 if task == "mim" else NoiseScale.parse(entry.pretrain["sigma"])
-    autoencoder = runs.autoencoder_folder(args, task, level)
-    classifier = runs.classifier_folder(
-        autoencoder, seed, made_with["mode"],
-        NoiseScale.parse(made_with["sigma"]) if "sigma" in made_with else None,
-        keep_visible="keep-visible" in made_with,
-        adversarial=cli.eps(made_with["adversarial"]) if "adversarial" in made_with else None,
-        arch=made_with.get("arch", "vit"))
-    return autoencoder, classifier
-
-
-def missing_commands(table, args):
-    """The commands that make the models which are not there, each once, in the order to run them."""
-    commands = []
-    for entry in table:
-        for seed in args.seeds:
-            autoencoder, classifier = folders(entry, args, seed)
-            common = {name: value for name, value, usual in [
-                ("data", args.data, "digits"), ("runs", args.runs, "runs"), ("seed", seed, 0)]
-                if value != usual}
-            if not (autoencoder / "checkpoint.pt").exists():
-                commands.append(["python", "pretrain.py", *flag_words({**entry.pretrain, **common})])
-            if not (classifier / "checkpoint.pt").exists():
-                flags = {"autoencoder": autoencoder, **entry.finetune, **common}
-                commands.append(["python", "finetune.py", *flag_words(flags)])
-    return list(dict.fromkeys(shlex.join(map(str, words)) for words in commands))
 
 
 # -------------------------------------------------------------------------------- the readings
@@ -124,8 +56,8 @@ def with_known_noise(de3, images, labels, eps, steps, max_batch):
     return torch.stack(clean).mean(0), torch.stack(robust).mean(0)
 
 
-def measure(de3, batches, args, device, show):
-    """Every reading of one defense in percent: a dict with the columns from "clean" to "l2"."""
+def measure(de3, batches, args, show):
+    """Every reading of one defense in percent: a dict with the columns from "clean" to "l2_twice"."""
     sums, seen = {}, 0
     settings = dict(steps=args.steps, max_batch=args.max_batch, early_stop=not de3.is_random)
     eot = args.eot if de3.is_random else 1
@@ -133,7 +65,6 @@ def measure(de3, batches, args, device, show):
     def add(name, values):
         sums[name] = sums.get(name, 0.0) + values.sum().item()
     for number, (images, labels) in enumerate(batches):
-        images, labels = images.to(device), labels.to(device)
         training.seed_epoch(args.seed, number)
         hits = tries(de3, images, labels)
         add("clean", hits.mean(0))
@@ -145,10 +76,11 @@ def measure(de3, batches, args, device, show):
         if de3.is_random:
             show("PGD without EOT")
             add("no_eot", tries(de3, pgd(de3, images, labels, args.eps, **settings), labels).mean(0))
-        if args.l2:
-            show("PGD in L2")
-            adversarial = pgd(de3, images, labels, args.l2, norm="l2", eot=eot, **settings)
-            add("l2", tries(de3, adversarial, labels).mean(0))
+        for name, radius in (("l2", args.l2), ("l2_twice", 2 * args.l2)):
+            if radius:
+                show(f"PGD in L2, radius {radius:g}")
+                adversarial = pgd(de3, images, labels, radius, norm="l2", eot=eot, **settings)
+                add(name, tries(de3, adversarial, labels).mean(0))
         if de3.is_random and de3.mask_ratio is None:
             show("PGD that knows the noise")
             clean, robust = with_known_noise(de3, images, labels, args.eps, args.steps, args.max_batch)
@@ -186,7 +118,8 @@ def write_rows(path, rows):
 
 def print_table(rows, args):
     """Mean (and standard deviation) over the seeds, a line for each defense and level."""
-    columns = ["clean", "no_eot", "one_shot", "ten_tries", "noise_known", "clean_ten_tries", "l2"]
+    columns = ["clean", "no_eot", "one_shot", "ten_tries", "noise_known", "clean_ten_tries",
+               "clean_noise_known", "l2", "l2_twice"]
     cells = {}
     for row in rows:
         cells.setdefault((row["defense"], row["level"]), []).append(row)
@@ -194,7 +127,7 @@ def print_table(rows, args):
     print(f"\n{rows[0]['images']} {args.split} images, PGD of {args.steps} steps at eps "
           f"{255 * args.eps:g}/255, EOT {args.eot}, seeds {args.seeds}, L2 radius {args.l2:g}; mean ± "
           f"standard deviation in %\n\n{'':{width}} {'level':>9}  "
-          + "  ".join(f"{name.replace('_', ' '):>15}" for name in columns))
+          + "  ".join(f"{name.replace('_', ' '):>{COLUMN}}" for name in columns))
     for (name, level), found in cells.items():
         texts = []
         for column in columns:
@@ -205,7 +138,7 @@ def print_table(rows, args):
                 texts.append(f"{values[0]:.1f}")
             else:
                 texts.append(f"{mean(values):.1f} ± {stdev(values):.1f}")
-        print(f"{name:{width}} {level:>9}  " + "  ".join(f"{text:>15}" for text in texts))
+        print(f"{name:{width}} {level:>9}  " + "  ".join(f"{text:>{COLUMN}}" for text in texts))
 
 
 def arguments():
@@ -228,8 +161,8 @@ def main():
     args = arguments()
     device = cli.open_device(args.device)
     if args.data not in TABLES:
-        raise UserError(f"there is no table of {args.data}: add one to TABLES in studies/compare.py")
-    missing = missing_commands(TABLES[args.data], args)
+        raise UserError(f"there is no table of {args.data}: add one to TABLES in studies/tables.py")
+    missing = missing_commands(TABLES[args.data], args, args.seeds)
     if missing:
         raise UserError("models are missing; make them with: " + " && ".join(missing))
     path = runs.data_folder(args.runs, args.data) / "compare.csv"
@@ -241,8 +174,8 @@ def main():
             autoencoder = None
             if checkpoint["mode"] == "de3":
                 autoencoder, _, _ = evaluation.load_autoencoder(args, folder, checkpoint, device)
-            share, images_in_all, _ = evaluation.load_test_images(args, checkpoint)
-            batches = evaluation.test_batches(args, share)
+            own_images, images_in_all, _ = evaluation.load_test_images(args, checkpoint)
+            batches = evaluation.test_batches(args, own_images, device)
             for sigma, ratio in [(s, r) for s in entry.sigmas for r in entry.mask_ratios]:
                 de3 = De3(autoencoder, classifier, sigma, ratio, checkpoint["keep_visible"])
                 row = dict(
@@ -258,7 +191,7 @@ def main():
                     continue
                 started = time.time()
                 words = f"{entry.name}, {de3.level}, seed {seed}"
-                found = measure(de3, batches, args, device,
+                found = measure(de3, batches, args,
                                 lambda text: progress.show(f"{words}: {text}"))
                 progress.clear()
                 row.update({name: f"{value:.2f}" for name, value in found.items()})

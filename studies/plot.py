@@ -75,7 +75,7 @@ def draw(path, points, title):
             panel.errorbar(x, y, spread, color=color, linestyle=line, linewidth=2, capsize=4,
                            marker=marker if has_sigma else None, markersize=7)
         ends.append((y[-1], name, color))
-    for column, (panel, what) in enumerate(zip(panels, ("clean images", "under attack (PGD with EOT)"))):
+    for panel, what in zip(panels, ("clean images", "under attack (PGD with EOT)")):
         panel.set_title(what, fontsize=13)
         panel.set_xlabel("σ at test time (8-bit units)", fontsize=12)
         panel.set_ylim(-4, 104)  # no curve on an axis

@@ -1,6 +1,7 @@
 """Command line and processes: what an argument may be, the flags of every stage, device, torchrun."""
 
 import argparse
+import functools
 import math
 import os
 import sys
@@ -72,7 +73,8 @@ def stage_parser(docstring):
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--data", default="digits", help="digits (default), cifar10, or FOLDER with train/ and val/")
-    add("--size", choices=SIZES, help="default: tiny (digits), small (cifar10), base (FOLDER)")
+    add("--size", choices=SIZES, help="default: tiny (digits), small (images of up to 64 "
+        "pixels), base")
     add("--seed", type=number(int), default=0, help="default 0; also names the runs looked for")
     add("--device", default="auto", help="auto (default: cuda if there is one), cpu, cuda, ...")
     add("--runs", default="runs", help="everything is written to RUNS/<data>/ (default runs)")
@@ -80,7 +82,7 @@ def stage_parser(docstring):
     add("--max-batch", type=count, default=256, help="images that a device sees at once: memory; "
         "training accumulates gradients, EOT draws run together up to this; default 256")
     add("--bf16", action=argparse.BooleanOptionalAction, default=None,
-        help="bfloat16 autocast; default: in training on a GPU")
+        help="bfloat16 autocast; default: in training where it is faster (not tiny models on a CPU)")
     add("--compile", action="store_true", help="torch.compile the models; the first steps take longer")
     return parser
 
@@ -182,11 +184,35 @@ def compile_models(device, *models):
             model.compile()
 
 
-def autocast(bf16, device, training):
-    """bfloat16 autocast where --bf16 says so; without the flag, in training on a GPU."""
+@functools.cache
+def bf16_is_faster():
+    """Whether this CPU multiplies matrices faster in bfloat16 than in float32; timed on small ones."""
+    seconds = []
+    for dtype in (torch.float32, torch.bfloat16):
+        matrix = torch.ones(512, 512, dtype=dtype)
+        matrix @ matrix  # the first call prepares
+        started = time.perf_counter()
+        for _ in range(5):
+            matrix @ matrix
+        seconds.append(time.perf_counter() - started)
+    return seconds[1] < 0.8 * seconds[0]
+
+
+def training_precision(bf16, device, size):
+    """Whether to train in bfloat16: as --bf16 says (None: not given), else where it is faster.
+
+    The tiny models of the digits stay in float32 on a CPU, so that figures repeat on every machine.
+    """
     if bf16 is None:
-        bf16 = training and device.type == "cuda"
-    return torch.autocast(device.type, torch.bfloat16, enabled=bf16)
+        return device.type == "cuda" or (size != "tiny" and bf16_is_faster())
+    if bf16 and device.type == "cpu" and not bf16_is_faster():
+        print("--bf16: bfloat16 is slower than float32 on this processor")
+    return bf16
+
+
+def autocast(bf16, device):
+    """bfloat16 autocast, if bf16 is true."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=bool(bf16))
 
 
 # -------------------------------------------------------------------------- what the user sees
@@ -200,20 +226,26 @@ class Progress:
     """One line on a terminal, rewritten as work goes on; nothing into a pipe or a file."""
 
     def __init__(self, every=0.5):
-        self.every, self.shown_at, self.width = every, 0.0, 0
+        self.every, self.shown_at, self.width, self.started = every, 0.0, 0, time.time()
 
-    def show(self, text):
-        """Replace the line, unless it was replaced less than `every` seconds ago."""
+    def show(self, text, done=None):
+        """Replace the line, unless it was replaced less than `every` seconds ago.
+
+        done: the part of the work that is done, from which the time left follows.
+        """
         if not sys.stdout.isatty() or time.time() - self.shown_at < self.every:
             return
+        if done:
+            seconds = time.time() - self.started
+            text += f", {minutes(seconds / done - seconds)} left"
         print("\r" + text.ljust(self.width), end="", flush=True)
         self.shown_at, self.width = time.time(), len(text)
 
     def clear(self):
-        """Remove the line, before a lasting one is printed."""
+        """Remove the line, before a lasting one is printed; what follows is timed anew."""
         if self.width:
             print("\r" + " " * self.width + "\r", end="", flush=True)
-            self.shown_at, self.width = 0.0, 0
+        self.shown_at, self.width, self.started = 0.0, 0, time.time()
 
 
 def run_script(main):

@@ -7,78 +7,63 @@ Every item is (image [3, S, S] in [0, 1], label). A data set has `classes`, the 
              Repository, CC BY 4.0), as scikit-learn's load_digits gives them. Enlarged to the image
              size (bilinear), gray copied to three channels. A fixed stratified split stands in the
              file: 1,197 train, 240 validation (choose recipes on these), 360 test.
-    cifar10  torchvision's CIFAR10, downloaded to data/ on first use.
-    FOLDER   FOLDER/train/<class>/*.jpg and FOLDER/val/<class>/*.jpg (torchvision's ImageFolder).
+    cifar10  torchvision's CIFAR10, downloaded to data/ on first use; the last 500 training images of
+             each class are the validation images.
+    FOLDER   FOLDER/train/<class>/*.jpg, the same in FOLDER/val/ and FOLDER/test/ (torchvision's
+             ImageFolder); without test/, the validation images serve as test images as well.
 
-cifar10 and FOLDER hold no third split: their validation images serve as test images as well.
+Images that are trained at up to 64 pixels are decoded once and kept in memory as bytes.
 """
 
+import functools
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from torch.utils.data import BatchSampler, DataLoader, Sampler, Subset, TensorDataset
+from torch.utils.data import BatchSampler, DataLoader, Dataset, Sampler, Subset, TensorDataset
 from torchvision import datasets, transforms
-from torchvision.transforms import InterpolationMode, v2
+from torchvision.transforms import InterpolationMode
 
 from model import IMAGENET_MEAN, IMAGENET_STD, UserError
+from support import cli
 
 DIGITS_FILE = Path(__file__).parents[1] / "assets" / "digits.npz"
 PAPER = dict(pretrain_sigma="gamma:25,3", finetune_sigma="uniform:0,30", test_sigmas=(0, 35, 70, 140))
+COLOR = dict(size="small", pretrain_sigma="gamma:10,8", finetune_sigma="uniform:0,60",
+             test_sigmas=(0, 50, 100), mean=(0.4914, 0.4822, 0.4465), std=(0.2470, 0.2435, 0.2616))
 DEFAULTS = {  # of each data set: the size of the models, sigmas, what the models normalize by
     "digits": dict(size="tiny", pretrain_sigma="gamma:10,12", finetune_sigma="uniform:100,400",
                    test_sigmas=(0, 50), mean=(0.306,) * 3, std=(0.324,) * 3),
-    "cifar10": dict(size="small", **PAPER, mean=(0.4914, 0.4822, 0.4465),
-                    std=(0.2470, 0.2435, 0.2616)),
+    "cifar10": COLOR,
+    "FOLDER of small images": COLOR,
     "FOLDER": dict(size="base", **PAPER, mean=IMAGENET_MEAN, std=IMAGENET_STD),
 }
+SMALL = 64  # pixels: up to here images are kept in memory, and a folder of such images is small
+MEMORY = 2 * 10**9  # bytes, at most, of a data set in memory
+VALIDATION_IMAGES = 500  # of each class of cifar10
 
 
 def defaults(name):
-    """The row of DEFAULTS for --data `name`."""
-    return DEFAULTS.get(name, DEFAULTS["FOLDER"])
+    """The row of DEFAULTS for --data `name`; of a folder the first training image tells its row."""
+    if name in DEFAULTS:
+        return DEFAULTS[name]
+    return DEFAULTS["FOLDER of small images" if has_small_images(name) else "FOLDER"]
 
 
-# ---------------------------------------------------------------------------------- the images
+@functools.cache
+def has_small_images(folder):
+    """Whether the first training image of a folder has no side above 64 pixels."""
+    first = next((path for path in sorted(Path(folder).glob("train/*/*")) if path.is_file()), None)
+    return first is not None and max(read_image(first).size) <= SMALL
+
 
 def eval_transform(image_size):
-    """Resize the short side (to 256 for 224; under 128 to image_size itself) and center crop, bicubic."""
+    """Resize the short side (to 256 for 224; under 128 to image_size) and crop the center, bicubic."""
     resize = image_size * 256 // 224 if image_size >= 128 else image_size
     return transforms.Compose([transforms.Resize(resize, InterpolationMode.BICUBIC),
                                transforms.CenterCrop(image_size), transforms.ToTensor()])
-
-
-def pretrain_transform(image_size):
-    """RandomResizedCrop(0.2..1, bicubic) and flip."""
-    return transforms.Compose([
-        transforms.RandomResizedCrop(image_size, (0.2, 1), interpolation=InterpolationMode.BICUBIC),
-        transforms.RandomHorizontalFlip(), transforms.ToTensor()])
-
-
-def finetune_transform(image_size):
-    """RandomResizedCrop(0.08..1), flip, RandAugment (2 operations at 27 of 30), erasing 0.25.
-
-    Random erasing writes N(0, 1) values, so the caller clamps to [0, 1] again.
-    """
-    return transforms.Compose([
-        transforms.RandomResizedCrop(image_size, (0.08, 1), interpolation=InterpolationMode.BICUBIC),
-        transforms.RandomHorizontalFlip(),
-        transforms.RandAugment(num_ops=2, magnitude=27, interpolation=InterpolationMode.BILINEAR),
-        transforms.ToTensor(), transforms.RandomErasing(0.25, value="random")])
-
-
-shift_digit = v2.RandomAffine(degrees=8, translate=(0.08, 0.08), scale=(0.9, 1.1),
-                              interpolation=InterpolationMode.BILINEAR)
-
-
-def shift(images):
-    """The augmentation of the digits: images [B, 3, S, S], rotated, shifted and scaled a little.
-
-    Eight images share one draw: torchvision draws once per call, and calls cost time.
-    """
-    return torch.cat([shift_digit(eight) for eight in images.split(8)])
 
 
 def read_image(path):
@@ -94,8 +79,6 @@ def read_image(path):
         raise UserError(f"cannot read image {path}: {reason}; replace or remove it") from None
 
 
-# -------------------------------------------------------------------------------- the data sets
-
 def load_digits(split, image_size):
     """The digits of one split as a TensorDataset of [N, 3, S, S] floats and [N] labels."""
     with np.load(DIGITS_FILE, allow_pickle=False) as file:
@@ -108,39 +91,96 @@ def load_digits(split, image_size):
     return dataset
 
 
-def load_dataset(name, split, image_size, transform=None):
-    """The data set `name` (digits, cifar10 or a folder); split train, val or test.
-
-    transform: from PIL image to [3, S, S]; default eval_transform. Ignored by the digits.
-    Raises UserError for a missing or empty folder and for a download that fails.
-    """
-    if name == "digits":
-        return load_digits(split, image_size)
-    transform = transform or eval_transform(image_size)
+def open_images(name, split):
+    """cifar10 or a folder, as a data set of PIL images; UserError where there is none."""
     if name == "cifar10":
         try:
-            return datasets.CIFAR10("data", split == "train", transform, download=True)
+            whole = datasets.CIFAR10("data", split != "test", download=True)
         except (OSError, RuntimeError) as error:  # no network, or a damaged download
             raise UserError(f"could not get CIFAR-10 into data/ ({str(error).splitlines()[0]}); "
                             "place cifar-10-python.tar.gz there or use --data FOLDER") from None
-    folder = Path(name) / ("train" if split == "train" else "val")
+        if split == "test":
+            return whole
+        return of_each_class(whole, split)
+    folder = Path(name) / split
+    if split == "test" and not folder.is_dir():
+        folder = Path(name) / "val"
     if not folder.is_dir():
         raise UserError(f"no folder {folder}: --data takes digits, cifar10, or a folder with "
                         "train/<class>/ and val/<class>/ in it")
     try:
-        return datasets.ImageFolder(folder, transform, loader=read_image)
+        return datasets.ImageFolder(folder, loader=read_image)
     except FileNotFoundError as error:  # no class folder, or one without images
         raise UserError(f"{folder}: {str(error).splitlines()[0]}") from None
 
 
-# ------------------------------------------------------------------------------------- batches
+def of_each_class(dataset, split):
+    """The last 500 images of each class for "val", the others for "train"; order and classes stay."""
+    seen, chosen = [0] * len(dataset.classes), []
+    totals = torch.tensor(dataset.targets).bincount().tolist()
+    for index, label in enumerate(dataset.targets):
+        is_validation = seen[label] >= totals[label] - VALIDATION_IMAGES
+        seen[label] += 1
+        if is_validation == (split == "val"):
+            chosen.append(index)
+    result = Subset(dataset, chosen)
+    result.classes = dataset.classes
+    return result
+
+
+def decode(dataset, image_size):
+    """All images of a data set of PIL images as one uint8 tensor, in a TensorDataset."""
+    to_size, progress = eval_transform(image_size), cli.Progress()
+    images = torch.empty(len(dataset), 3, image_size, image_size, dtype=torch.uint8)
+    labels = torch.empty(len(dataset), dtype=torch.long)
+    for i, (image, label) in enumerate(dataset):
+        images[i], labels[i] = (255 * to_size(image)).round().byte(), label
+        progress.show(f"decoding image {i + 1} of {len(dataset)}", (i + 1) / len(dataset))
+    progress.clear()
+    result = TensorDataset(images, labels)
+    result.classes = dataset.classes
+    return result
+
+
+class Transformed(Dataset):
+    """A data set of PIL images, each transformed when it is asked for."""
+
+    def __init__(self, dataset, transform):
+        self.dataset, self.transform, self.classes = dataset, transform, dataset.classes
+
+    def __len__(self):
+        return len(self.dataset)
+
+    def __getitem__(self, index):
+        image, label = self.dataset[index]
+        return self.transform(image), label
+
+
+def load_dataset(name, split, image_size, transform=None):
+    """The data set `name` (digits, cifar10 or a folder); split train, val or test.
+
+    transform: from PIL image to [3, S, S], for images that are not kept in memory; default
+    eval_transform. Raises UserError for a missing or empty folder and for a download that fails.
+    """
+    if name == "digits":
+        return load_digits(split, image_size)
+    dataset = open_images(name, split)
+    if image_size <= SMALL and len(dataset) * 3 * image_size**2 <= MEMORY:
+        return decode(dataset, image_size)
+    return Transformed(dataset, transform or eval_transform(image_size))
+
+
+def in_memory(dataset):
+    """Whether a data set is kept in memory, and augmented batch by batch."""
+    return isinstance(dataset, TensorDataset)
+
 
 class TrainingOrder(Sampler):
     """Lists of indices for one epoch of training (set `epoch` before each).
 
     Every process draws the same permutation, which follows from seed and epoch, and cuts it into
     batches (the last partial one is dropped). A batch is divided evenly into `micro_batches` of
-    `processes` shares; each process takes its own share of each micro-batch.
+    `processes` pieces; each process takes its own piece of each micro-batch.
     """
 
     def __init__(self, images, batch_size, micro_batches, seed, rank=0, processes=1):
@@ -156,29 +196,47 @@ class TrainingOrder(Sampler):
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
         order = torch.randperm(self.images, generator=generator)
         for batch in order.split(self.batch_size)[:self.steps]:
-            shares = batch.view(self.micro_batches, self.processes, -1)
-            for share in shares[:, self.rank]:
-                yield share.tolist()
+            pieces = batch.view(self.micro_batches, self.processes, -1)
+            for indices in pieces[:, self.rank]:
+                yield indices.tolist()
 
 
-def loader(dataset, batches, workers=0, device="cpu"):
-    """Pairs (images, labels); batches: a TrainingOrder, or a batch size, to go once through all."""
-    if isinstance(batches, int):
-        batches = BatchSampler(range(len(dataset)), batches, drop_last=False)
-    if isinstance(dataset, TensorDataset):  # in memory: a batch is one indexing operation
-        return DataLoader(dataset, sampler=batches, batch_size=None)
-    return DataLoader(dataset, batch_sampler=batches, num_workers=workers,
-                      pin_memory=str(device) != "cpu")
+class Loader:
+    """Batches (images [B, 3, S, S] in [0, 1], labels [B]) of a data set, on the device.
+
+    batches: a TrainingOrder, or a batch size, to go once through all of it. workers: processes that
+    load images which are not in memory.
+    """
+
+    def __init__(self, dataset, batches, workers=0, device="cpu"):
+        self.device = torch.device(device)
+        if isinstance(batches, int):
+            batches = BatchSampler(range(len(dataset)), batches, drop_last=False)
+        if in_memory(dataset):  # a batch is one indexing operation
+            self.batches = DataLoader(dataset, sampler=batches, batch_size=None)
+        else:
+            self.batches = DataLoader(dataset, batch_sampler=batches, num_workers=workers,
+                                      pin_memory=self.device.type != "cpu")
+
+    def __len__(self):
+        return len(self.batches)
+
+    def __iter__(self):
+        for images, labels in self.batches:
+            images, labels = images.to(self.device, non_blocking=True), labels.to(self.device)
+            if images.dtype == torch.uint8:
+                images = images.float() / 255
+            yield images, labels
 
 
 def evenly_spread(dataset, count, rank=0, processes=1):
     """`count` images evenly spread over the data set (a folder lists its images class by class).
 
-    Of several processes each gets its share: every image exactly once.
+    Of several processes each gets its own: every image exactly once.
     """
     count = min(count, len(dataset))
     chosen = [i * len(dataset) // count for i in range(count)]
-    share = chosen[rank::processes]
-    if isinstance(dataset, TensorDataset):
-        return TensorDataset(*dataset[share])
-    return Subset(dataset, share)
+    own = chosen[rank::processes]
+    if in_memory(dataset):
+        return TensorDataset(*dataset[own])
+    return Subset(dataset, own)

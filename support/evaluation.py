@@ -2,8 +2,11 @@
 
 import csv
 import os
+from pathlib import Path
 from statistics import NormalDist
 from typing import NamedTuple
+
+import numpy as np
 
 from model import De3, UserError
 from support import cli, data, runs, weights
@@ -31,13 +34,12 @@ def evaluation_flags(parser, images):
     add("--autoencoder", type=cli.run_path, metavar="RUN",
         help="folder or file; default: the one the classifier was trained behind")
     add("--sigma", nargs="+", metavar="S", type=cli.sigma_level,
-        help="sigmas to test, 'off' for undefended; default off and, for De³, 0 50 (digits) or "
-        "0 35 70 140; a classifier given by --classifier is tested at all of them, also one trained "
-        "undefended")
+        help="sigmas to test, 'off' for undefended; default off and, for De³, the data set's; a "
+        "classifier given by --classifier is tested at all of them, also one trained undefended")
     add("--mask-ratio", nargs="+", type=cli.ratio, default=[0.25, 0.5, 0.75], metavar="R",
         help="behind MIM: ratios to test, default 0.25 0.5 0.75")
     add("--split", choices=["train", "val", "test"], default="test",
-        help="default test; only the digits tell val from test")
+        help="default test; the val images of a FOLDER without test/")
     add("--images", type=cli.count, default=images, help=f"how many, evenly spread; default {images}")
 
 
@@ -60,10 +62,10 @@ def load_autoencoder(args, folder, checkpoint, device):
     It is --autoencoder's, else the one whose folder the classifier's folder stands in, else
     pretrain.py's default run. A classifier trained behind other weights raises UserError.
     """
-    behind = folder.parent
-    if checkpoint["mode"] != "de3" and not (behind / "checkpoint.pt").exists():
-        behind = runs.autoencoder_folder(args)
-    source = args.autoencoder or behind
+    pretraining_folder = folder.parent
+    if checkpoint["mode"] != "de3" and not (pretraining_folder / "checkpoint.pt").exists():
+        pretraining_folder = runs.autoencoder_folder(args)
+    source = args.autoencoder or pretraining_folder
     autoencoder, pretraining = weights.load_model(source, "autoencoder", device, args)
     if checkpoint["mode"] == "de3" and not args.autoencoder:
         if runs.fingerprint(autoencoder) != checkpoint["settings"].get("autoencoder"):
@@ -75,20 +77,20 @@ def load_autoencoder(args, folder, checkpoint, device):
 def describe(checkpoint, de3):
     """A defense in words: "undefended", "De³ σ = 50", "adversarial training 16/255" ..."""
     settings = checkpoint["settings"]
-    parts = []
+    words = []
     if de3.mask_ratio is not None:
-        parts.append(f"MIM {de3.level}" + (", visible kept" if de3.keep_visible else ""))
+        words.append(f"MIM {de3.level}" + (", visible kept" if de3.keep_visible else ""))
     elif de3.defended:
-        parts.append(f"De³ {de3.level}" if de3.autoencoder is not None else f"noise only {de3.level}")
+        words.append(f"De³ {de3.level}" if de3.autoencoder is not None else f"noise only {de3.level}")
     if settings.get("adversarial", "None") != "None":
-        parts.append(f"adversarial training {255 * float(settings['adversarial']):.3g}/255")
-    if not parts:
-        parts.append("undefended")
+        words.append(f"adversarial training {255 * float(settings['adversarial']):.3g}/255")
+    if not words:
+        words.append("undefended")
     if settings.get("arch", "vit") != "vit":
-        parts.append(settings["arch"])
+        words.append(settings["arch"])
     elif settings.get("from_scratch") == "True":
-        parts.append("from scratch")
-    return ", ".join(parts)
+        words.append("from scratch")
+    return ", ".join(words)
 
 
 def with_folders(named):
@@ -128,19 +130,19 @@ def load_defenses(args, device, votes=1):
 # ---------------------------------------------------------------------------------- the images
 
 def load_test_images(args, checkpoint):
-    """What --data, --split and --images ask for: (this process's share, number of all, classes)."""
+    """What --data, --split and --images ask for: (this process's images, number of all, classes)."""
     config = checkpoint["config"]
     images = data.load_dataset(args.data, args.split, config["image_size"])
     expected_classes = checkpoint["classes"] or images.classes
     if len(images.classes) != config["num_classes"] or images.classes != expected_classes:
         raise UserError(f"the classes of {args.data} are not those the classifier was trained on")
-    share = data.evenly_spread(images, args.images, cli.rank(), cli.process_count())
-    return share, min(args.images, len(images)), images.classes
+    own_images = data.evenly_spread(images, args.images, cli.rank(), cli.process_count())
+    return own_images, min(args.images, len(images)), images.classes
 
 
-def test_batches(args, share):
+def test_batches(args, own_images, device):
     """The batches in which the images are evaluated."""
-    return data.loader(share, min(BATCH, args.max_batch), args.workers)
+    return data.Loader(own_images, min(BATCH, args.max_batch), args.workers, device)
 
 
 def interval(percent, images):
@@ -152,12 +154,25 @@ def interval(percent, images):
     return f"{percent:5.1f} [{low:4.1f}, {high:5.1f}]"
 
 
+def row_of(defense, args, settings, **measured):
+    """A row of attack.csv: a NamedDefense, attack.py's flags, pgd's arguments, what was measured."""
+    de3 = defense.de3
+    return dict(
+        defense=defense.words, run=defense.run, autoencoder=defense.autoencoder,
+        sigma="" if de3.sigma is None else de3.sigma.fixed,
+        mask_ratio="" if de3.mask_ratio is None else de3.mask_ratio, norm=args.norm,
+        steps=settings["steps"], step_size=f"{settings['step_size']:.6g}",
+        restarts=settings["restarts"], eot=settings["eot"], loss="+".join(args.loss),
+        threat=args.threat, reading="one shot", split=args.split, seed=args.seed,
+        precision="bf16" if args.bf16 else "fp32", **measured)
+
+
 def append_row(path, row):
     """One more line in the table, which keeps the rows of earlier runs."""
     if cli.rank() > 0:
         return
     path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "a+", newline="") as file:
+    with open(path, "a+", newline="", encoding="utf-8") as file:
         file.seek(0)
         header = file.readline().strip()
         if header not in ("", ",".join(FIELDS)):
@@ -166,3 +181,10 @@ def append_row(path, row):
         if not header:
             table.writeheader()
         table.writerow(row)
+
+
+def save_arrays(path, **tensors):
+    """Tensors as a .npz file, one array each."""
+    arrays = {name: tensor.cpu().numpy() for name, tensor in tensors.items()}
+    runs.write_whole(Path(path), lambda file: np.savez_compressed(file, **arrays))
+    print(f"wrote {path}")

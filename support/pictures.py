@@ -6,6 +6,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torchvision.transforms.functional import to_pil_image
 
+from model import add_noise, unpatchify
 from support import runs
 
 CELL, GAP, TEXT = 112, 6, 15  # pixels: side of an image, space between, height of the letters
@@ -13,7 +14,7 @@ WRONG = "#c1121f"  # red that stays dark in gray
 
 
 class Row(NamedTuple):
-    """A row of a sheet: what it shows, images [N, 3, H, W], a caption under each, in red where wrong."""
+    """A row of a sheet: its title, images [N, 3, H, W], a caption under each, in red where wrong."""
     title: str
     images: torch.Tensor
     captions: list
@@ -27,7 +28,7 @@ def psnr(images, reference):
 
 
 def draw_sheet(path, heading, columns, rows):
-    """Write a PNG: a heading, a title for each column, then the rows, each with its title at the left."""
+    """Write a PNG: a heading, the titles of the columns, then the rows with theirs at the left."""
     font = ImageFont.load_default(TEXT)
     left = 12 + max(int(font.getlength(line)) for row in rows for line in row.title.split("\n"))
     height = CELL + TEXT + 2 * GAP
@@ -48,3 +49,33 @@ def draw_sheet(path, heading, columns, rows):
         top += height
     runs.write_whole(path, lambda file: sheet.save(file, "png"))
     print(f"wrote {path}")
+
+
+@torch.no_grad()
+def draw_pretraining(path, autoencoder, image, levels, nim, seed):
+    """pretrain.png, from one image [1, 3, H, W]: clean, noisy and denoised, at each level of sigma.
+
+    For MIM: clean, masked and filled in, at each mask ratio. Under each image stands its PSNR.
+    """
+    torch.manual_seed(seed)
+    clean = image.repeat(len(levels), 1, 1, 1)
+    if nim:
+        before = add_noise(clean, torch.tensor(levels))
+        after = autoencoder.reconstruct(before, clean)
+    else:
+        before, after = clean.clone(), clean.clone()
+        for i, ratio in enumerate(levels):
+            _, prediction, mask = autoencoder.mim(image, ratio)
+            pixels = mask[:, :, None].expand_as(prediction)
+            dropped = unpatchify(pixels, autoencoder.patch_size)[0] == 1  # [3, H, W]
+            filled = autoencoder.to_images(prediction, image)[0]
+            before[i] = torch.where(dropped, 0.5, image[0])
+            after[i] = torch.where(dropped, filled, image[0])
+    before, after = before.clamp(0, 1), after.clamp(0, 1)
+    names = ("clean", "noisy", "denoised") if nim else ("clean", "masked", "filled in")
+    rows = [Row(names[0], clean, [""] * len(levels), wrong=[False] * len(levels))]
+    for name, pictured in zip(names[1:], (before, after)):
+        decibels = [f"{value:.1f} dB" for value in psnr(pictured, clean).tolist()]
+        rows.append(Row(name, pictured, decibels, wrong=[False] * len(levels)))
+    columns = [f"sigma {level}" if nim else f"mask {level:g}" for level in levels]
+    draw_sheet(path, "A held-out image; under it the PSNR to the clean one", columns, rows)

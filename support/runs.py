@@ -7,10 +7,13 @@ well, see seed_epoch), settings (what decides the weights), and what the later s
 
 import argparse
 import contextlib
+import functools
 import hashlib
 import io
 import os
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import torch
@@ -30,12 +33,12 @@ def data_folder(runs, name):
     return Path(runs) / (name if name in data.DEFAULTS else Path(name).resolve().name)
 
 
-def run_folder(parent, seed, parts):
-    """A folder named by these parts (empty ones are left out) and, unless it is 0, the seed."""
-    parts = [str(part) for part in parts if part]
+def run_folder(parent, seed, names):
+    """A folder named by these names (empty ones are left out) and, unless it is 0, the seed."""
+    names = [str(part) for part in names if part]
     if seed:
-        parts.append(f"seed{seed}")
-    return parent / "_".join(parts).replace(":", "").replace(",", "-")
+        names.append(f"seed{seed}")
+    return parent / "_".join(names).replace(":", "").replace(",", "-")
 
 
 def norm_pix_by_default(size):
@@ -49,15 +52,15 @@ def autoencoder_folder(args, task="nim", level=None, norm_pix=None, init=None):
     args: the flags --runs, --data, --size and --seed. level: the noise scale of NIM, the mask ratio
     of MIM. It is named by these, and by what differs from the data set's defaults.
     """
-    usual = data.defaults(args.data)
-    parts = [f"{task}_{usual['pretrain_sigma'] if level is None else level}"]
-    if args.size != usual["size"]:
-        parts.append(args.size)
+    data_defaults = data.defaults(args.data)
+    names = [f"{task}_{data_defaults['pretrain_sigma'] if level is None else level}"]
+    if args.size != data_defaults["size"]:
+        names.append(args.size)
     if norm_pix is not None and norm_pix != norm_pix_by_default(args.size):
-        parts.append("normpix" if norm_pix else "plainpix")
+        names.append("normpix" if norm_pix else "plainpix")
     if init:
-        parts.append(f"init-{Path(init).stem}")
-    return run_folder(data_folder(args.runs, args.data), args.seed, parts)
+        names.append(f"init-{Path(init).stem}")
+    return run_folder(data_folder(args.runs, args.data), args.seed, names)
 
 
 def classifier_folder(parent, seed, mode, sigma=None, max_mask_ratio=None, keep_visible=False,
@@ -66,20 +69,20 @@ def classifier_folder(parent, seed, mode, sigma=None, max_mask_ratio=None, keep_
 
     sigma, max_mask_ratio: None where the mode uses none.
     """
-    parts = [mode, sigma]
+    names = [mode, sigma]
     if max_mask_ratio not in (None, 0.75):
-        parts.append(f"{max_mask_ratio:g}")
+        names.append(f"{max_mask_ratio:g}")
     if keep_visible:
-        parts.append("visible")
+        names.append("visible")
     if adversarial is not None:
-        parts.append(f"adversarial{255 * adversarial:g}")
+        names.append(f"adversarial{255 * adversarial:g}")
     if arch != "vit":
-        parts.append(arch)
+        names.append(arch)
     elif from_scratch:
-        parts.append("scratch")
+        names.append("scratch")
     if init:
-        parts.append(f"init-{Path(init).stem}")
-    return run_folder(parent, seed, parts)
+        names.append(f"init-{Path(init).stem}")
+    return run_folder(parent, seed, names)
 
 
 def default_classifier_folders(args):
@@ -91,9 +94,9 @@ def default_classifier_folders(args):
 
 def stage_command(stage, args):
     """The command line that makes the default run of "pretrain" or "finetune" for these flags."""
-    usual = dict(data="digits", size=data.defaults(args.data)["size"], seed=0, runs="runs")
+    unsaid = dict(data="digits", size=data.defaults(args.data)["size"], seed=0, runs="runs")
     words = ["python", f"{stage}.py"]
-    for name, value in usual.items():
+    for name, value in unsaid.items():
         given = getattr(args, name)
         if given != value:
             words += [f"--{name}", str(given)]
@@ -120,6 +123,17 @@ def write_whole(path, save):
                         "and go on with the same command (training: and --resume)") from None
 
 
+@functools.cache
+def provenance():
+    """What a result came from: the command, the torch version and, in a checkout, the commit."""
+    try:
+        commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, text=True,
+                                capture_output=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):  # no git, or no checkout
+        commit = ""
+    return dict(command=shlex.join(["python", *sys.argv]), torch=str(torch.__version__), commit=commit)
+
+
 def save_checkpoint(path, checkpoint):
     """Write a checkpoint, in the process of rank 0."""
     if rank() == 0:
@@ -138,8 +152,8 @@ def read_weights(path):
         raise UserError(f"there is no file {path}") from None
     except Exception as error:  # torch.load of a damaged file raises many kinds
         reason = (str(error) or type(error).__name__).splitlines()[0][:80]
-        raise UserError(f"{path} is damaged, no checkpoint, or holds objects that could run code "
-                        f"when loaded ({reason}); make it again (--overwrite) or get it again") from None
+        raise UserError(f"{path} is damaged, no checkpoint, or holds objects that could run code when "
+                        f"loaded ({reason}); make it again (--overwrite) or get it again") from None
 
 
 def load_checkpoint(path, kind):
@@ -161,8 +175,7 @@ def open_run(path, kind, settings, args, model, optimizer):
     if args.overwrite and args.resume:
         raise UserError("--resume and --overwrite exclude each other")
     if args.overwrite or not path.exists():
-        nothing_to_resume = args.resume and not args.overwrite
-        print(f"{path.parent}: {'nothing saved yet, starting over' if nothing_to_resume else 'training'}")
+        print(f"{path.parent}: {'nothing saved yet, starting over' if args.resume else 'training'}")
         return 0
     checkpoint = load_checkpoint(path, kind)
     old, epoch = checkpoint["settings"], checkpoint["epoch"]

@@ -1,20 +1,76 @@
-"""Training steps that both training stages share: AdamW's groups, schedule, micro-batches, the log."""
+"""What both training stages share: augmentation, AdamW's groups, schedule, micro-batches, the log."""
 
 import contextlib
 import csv
+import functools
 import io
 import math
 import time
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.flop_counter import FlopCounterMode
+from torchvision import transforms
+from torchvision.transforms import InterpolationMode, v2
 
 from model import UserError
 from support import cli, runs
 
-LOG_FIELDS = ("epoch", "loss", "accuracy", "lr", "images_per_second")
+LOG_FIELDS = ("epoch", "loss", "accuracy", "lr", "images_per_second", "command", "torch", "commit")
+
+
+def pretrain_transform(image_size):
+    """RandomResizedCrop(0.2..1, bicubic) and flip."""
+    return transforms.Compose([
+        transforms.RandomResizedCrop(image_size, (0.2, 1), interpolation=InterpolationMode.BICUBIC),
+        transforms.RandomHorizontalFlip(), transforms.ToTensor()])
+
+
+def finetune_transform(image_size, mean, std):
+    """RandomResizedCrop(0.08..1), flip, RandAugment, erasing 0.25, all as in MAE's recipe.
+
+    RandAugment is timm's rand-m9-mstd0.5-inc1: two operations, each with probability 0.5, at 9 of 10.
+    torchvision's set lacks timm's Invert and SolarizeAdd, and its magnitude has no spread of 0.5.
+    Erasing writes N(0, 1) where the image is normalized, that is mean + std·z; the result is clamped.
+    """
+    operation = transforms.RandAugment(1, magnitude=27, fill=[round(255 * value) for value in mean],
+                                       interpolation=InterpolationMode.BICUBIC)
+    back = transforms.Normalize([-m / s for m, s in zip(mean, std)], [1 / s for s in std])
+    return transforms.Compose([
+        transforms.RandomResizedCrop(image_size, (0.08, 1), interpolation=InterpolationMode.BICUBIC),
+        transforms.RandomHorizontalFlip(),
+        transforms.RandomApply([operation], 0.5), transforms.RandomApply([operation], 0.5),
+        transforms.ToTensor(), transforms.Normalize(mean, std),
+        transforms.RandomErasing(0.25, value="random"), back,
+        transforms.Lambda(functools.partial(torch.clamp, min=0, max=1))])
+
+
+shift_digit = v2.RandomAffine(degrees=8, translate=(0.08, 0.08), scale=(0.9, 1.1),
+                              interpolation=InterpolationMode.BILINEAR)
+
+
+def shift(images):
+    """The augmentation of the digits: images [B, 3, S, S], rotated, shifted and scaled a little.
+
+    Eight images share one draw: torchvision draws once per call, and calls cost time.
+    """
+    return torch.cat([shift_digit(eight) for eight in images.split(8)])
+
+
+def crop_and_flip(images, padding=4):
+    """The augmentation of small color images [B, 3, S, S], in both training stages.
+
+    Each is cut out at a random place of its reflect-padded self, and mirrored with probability 1/2.
+    """
+    B, _, S, _ = images.shape
+    padded = F.pad(images, (padding,) * 4, mode="reflect")
+    windows = padded.unfold(2, S, 1).unfold(3, S, 1)  # [B, 3, 2·padding + 1, 2·padding + 1, S, S]
+    top, left = torch.randint(2 * padding + 1, (2, B))
+    crops = windows[torch.arange(B), :, top, left]
+    mirrored = (torch.rand(B) < 0.5).to(images.device)
+    return torch.where(mirrored.view(-1, 1, 1, 1), crops.flip(3), crops)
 
 
 def seed_epoch(seed, epoch):
@@ -62,14 +118,15 @@ def plan_batches(batch_size, max_batch, images):
     """(batch as it is used, micro-batches of each process, steps of an epoch).
 
     batch_size counts the images of all processes in one optimizer step; a process sees at most
-    max_batch at once, in micro-batches of equal size. Raises UserError for too few images.
+    max_batch at once, in as few micro-batches of equal size as that takes; what does not divide evenly
+    is left out of the batch. Raises UserError for too few images.
     """
     processes = cli.process_count()
-    share = min(batch_size, images) // processes
-    if not share:
+    per_process = min(batch_size, images) // processes
+    if not per_process:
         raise UserError(f"{images} images in batches of {batch_size} do not fill {processes} processes")
-    micro_batches = next(k for k in range(1, share + 1) if share % k == 0 and share // k <= max_batch)
-    batch = share * processes
+    micro_batches = math.ceil(per_process / max_batch)
+    batch = per_process // micro_batches * micro_batches * processes
     return batch, micro_batches, images // batch
 
 
@@ -131,17 +188,16 @@ class EpochLog:
         self.images += images
         if hits is not None:
             self.hits = (self.hits or 0) + hits
-        seconds = time.time() - self.started
-        left = seconds * (self.images_in_epoch / self.images - 1)
-        self.progress.show(f"epoch {self.epoch}: {100 * self.images / self.images_in_epoch:.0f}%, loss "
-                           f"{self.loss_sum / self.images:.4f}, {cli.minutes(left)} left in this epoch")
+        done = self.images / self.images_in_epoch
+        self.progress.show(f"epoch {self.epoch}: {100 * done:.0f}%, loss "
+                           f"{self.loss_sum / self.images:.4f}", done)
 
     def finish(self, folder, lr):
         """Print the epoch's line and write its row; rows of later epochs, of a killed run, go."""
         seconds = time.time() - self.started
         loss, images, hits = cli.sum_over_processes(self.loss_sum, self.images, self.hits or 0)
         row = dict(epoch=self.epoch, loss=f"{loss / images:.6f}", lr=f"{lr:.3e}", accuracy="",
-                   images_per_second=f"{images / seconds:.1f}")
+                   images_per_second=f"{images / seconds:.1f}", **runs.provenance())
         accuracy = ""
         if self.hits is not None:
             row["accuracy"] = f"{100 * hits / images:.2f}"

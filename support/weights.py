@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from model import SIZES, Autoencoder, Classifier, UserError
 from support import data, runs
 
-ENCODER = ("image_size", "patch_size", "embed_dim", "depth", "num_heads", "mean", "std")  # a classifier's
+ENCODER = ("image_size", "patch_size", "embed_dim", "depth", "num_heads", "mean", "std")
 
 
 def published_state(path, key="model"):
@@ -63,28 +63,41 @@ def initialize(model, state, source):
 
 
 def initialize_from_file(model, path, key="model"):
-    """`initialize` from published weights, say by name what became of them, return what was left."""
-    loaded, left, ignored = initialize(model, published_state(path, key), path)
+    """`initialize` from published weights, say by name what became of them, return what was left.
+
+    A classifier of another number of classes gives everything but its head.
+    """
+    state, head = published_state(path, key), model.state_dict().get("head.weight")
+    if head is not None and "head.weight" in state and len(state["head.weight"]) != len(head):
+        print(f"{path}: its head is for {len(state['head.weight'])} classes, not {len(head)}: left out")
+        state = {name: value for name, value in state.items() if not name.startswith("head.")}
+    loaded, left, ignored = initialize(model, state, path)
     for title, names in (("loaded", loaded), ("left at the initial value", left), ("ignored", ignored)):
         short = sorted({re.sub(r"\.\d+\.", ".*.", name) for name in names})
         print(f"{path}: {title}: {', '.join(short) or 'nothing'}")
     return left
 
 
-def load_published(path, kind, size, data_name, mode):
+def load_published(path, kind, size, data_name, mode="clean", norm_pix=None, task="nim"):
     """A model of --size with published weights, and what a checkpoint of ours would say of it.
 
     kind: "autoencoder" or "classifier"; data_name: the data set whose mean and sd normalize;
-    mode: what the classifier is taken for, "de3" or "clean".
+    mode: what the classifier is taken for, "de3" or "clean". The file of an autoencoder does not show
+    its norm_pix (None: as the recipe of the size has it) and task ("nim" or "mim").
     """
+    if norm_pix is None:
+        norm_pix = runs.norm_pix_by_default(size)
     key = "model" if kind == "autoencoder" else "classifier"
-    state, usual = published_state(path, key), data.defaults(data_name)
-    config = dict(SIZES[size], mean=usual["mean"], std=usual["std"])
+    state, data_defaults = published_state(path, key), data.defaults(data_name)
+    config = dict(SIZES[size], mean=data_defaults["mean"], std=data_defaults["std"])
     if "pos_embed" in state:
         side = math.isqrt(state["pos_embed"].shape[1] - 1)
         config["image_size"] = side * config["patch_size"]
     if kind == "autoencoder":
-        model = Autoencoder(**config, norm_pix=runs.norm_pix_by_default(size))
+        config["norm_pix"] = norm_pix
+        print(f"{path}: taken for an autoencoder of {task.upper()} {'with' if norm_pix else 'without'} "
+              "norm_pix, which the file does not show")
+        model = Autoencoder(**config)
     else:
         config = {name: config[name] for name in ENCODER}
         config["num_classes"] = len(state["head.weight"]) if "head.weight" in state else 1
@@ -92,7 +105,7 @@ def load_published(path, kind, size, data_name, mode):
     missing = initialize_from_file(model, path, key)
     if missing:
         raise UserError(f"{path} is no whole {kind}: it lacks {', '.join(sorted(missing)[:3])} ...")
-    return model, dict(config=config, task="nim", mode=mode, keep_visible=False, classes=None,
+    return model, dict(config=config, task=task, mode=mode, keep_visible=False, classes=None,
                        settings={"autoencoder": ""})
 
 

@@ -187,7 +187,7 @@ class TestBadInput(unittest.TestCase):
         runs, source = photo_runs()
         flags = photo_flags(runs)
         finished(run("finetune", "--mode", "de3", *training(), *flags))
-        classifier = ("--classifier", source / "de3_uniform0-30", "--images", 3, "--steps", 1)
+        classifier = ("--classifier", source / "de3_uniform0-60", "--images", 3, "--steps", 1)
         finished(run("defend", *classifier, *flags))
         finished(run("pretrain", "--overwrite", *training(2), *flags))
         for script in ("defend", "attack"):

@@ -11,7 +11,7 @@ from unittest import mock
 import torch
 
 from model import De3
-from studies import compare, plot
+from studies import compare, plot, tables
 from support import evaluation, runs, weights
 from tests.helpers import (assert_picture, assert_refused, digits_runs, finished, linear_on_digits,
                            new_folder, photo_flags, photos, read_csv, run, small_autoencoder,
@@ -30,9 +30,9 @@ class TestCompare(unittest.TestCase):
     def small_table(self):
         """A table of three defenses for the photos, while the test lasts."""
         nim, mim = {"sigma": "75"}, {"task": "mim"}
-        table = [compare.Entry("undefended", nim, {"mode": "clean"}),
-                 compare.Entry("De³", nim, {"mode": "de3", "sigma": "uniform:0,30"}, (0, 40)),
-                 compare.Entry("MIM", mim, {"mode": "de3", "keep-visible": True}, mask_ratios=(0.5,))]
+        table = [tables.Entry("undefended", nim, {"mode": "clean"}),
+                 tables.Entry("De³", nim, {"mode": "de3", "sigma": "uniform:0,30"}, (0, 40)),
+                 tables.Entry("MIM", mim, {"mode": "de3", "keep-visible": True}, mask_ratios=(0.5,))]
         patch = mock.patch.dict(compare.TABLES, {str(photos()): table})
         patch.start()
         self.addCleanup(patch.stop)
@@ -135,7 +135,7 @@ class TestCompare(unittest.TestCase):
         _, (images, labels) = linear_on_digits()
         args = Namespace(steps=5, eot=4, eps=0.05, l2=0.5, seed=0, max_batch=256)
         batches = [(images[:20], labels[:20]), (images[20:40], labels[20:40])]
-        return compare.measure(de3, batches, args, torch.device("cpu"), lambda text: None)
+        return compare.measure(de3, batches, args, lambda text: None)
 
     def test_readings(self):
         """Stricter readings are lower; where nothing is random they are one."""
@@ -147,6 +147,7 @@ class TestCompare(unittest.TestCase):
         self.assertLess(found["noise_known"], found["one_shot"] + 5)
         self.assertLess(found["one_shot"], found["no_eot"] + 5)
         self.assertLess(found["l2"], found["clean"])
+        self.assertLess(found["l2_twice"], found["l2"])
         for de3 in (De3(None, model, None), De3(None, model, 0)):
             found = self.readings(de3)
             robust = {found[name] for name in ("no_eot", "one_shot", "ten_tries", "noise_known")}

@@ -1,5 +1,6 @@
 """The data sets, their transforms, and the batches that are made of them."""
 
+import functools
 import unittest
 
 import numpy as np
@@ -7,7 +8,8 @@ import torch
 from PIL import Image
 from torch.utils.data import TensorDataset
 
-from support import data
+from model import IMAGENET_MEAN, IMAGENET_STD
+from support import data, training
 from tests.helpers import assert_near, seeded
 
 
@@ -32,7 +34,7 @@ class TestData(unittest.TestCase):
     def test_shift(self):
         """Moved a little, still in [0, 1]; eight images share one draw."""
         images = data.load_dataset("digits", "train", 32)[:1][0].expand(16, -1, -1, -1)
-        moved = seeded(lambda: data.shift(images))
+        moved = seeded(lambda: training.shift(images))
         self.assertTrue(0 <= moved.min() and moved.max() <= 1)
         for start in (0, 8):
             assert_near(moved[start:start + 8], moved[start].expand(8, -1, -1, -1))
@@ -43,8 +45,10 @@ class TestData(unittest.TestCase):
         self.assertNotAlmostEqual(center[1][0].item(), center[1][8].item(), places=3)
 
     def test_transforms(self):
+        finetuning = functools.partial(training.finetune_transform, mean=IMAGENET_MEAN,
+                                       std=IMAGENET_STD)
         photo = Image.fromarray(np.random.default_rng(0).integers(0, 256, (50, 70, 3), np.uint8))
-        for transform in (data.pretrain_transform, data.finetune_transform, data.eval_transform):
+        for transform in (training.pretrain_transform, finetuning, data.eval_transform):
             results = [seeded(transform(32), photo, seed=seed) for seed in range(3)]
             for image in results:
                 self.assertEqual((image.shape, image.dtype), ((3, 32, 32), torch.float32))
@@ -56,12 +60,12 @@ class TestData(unittest.TestCase):
 
     def test_loader(self):
         dataset = TensorDataset(torch.arange(12.), torch.arange(12))
-        in_order = [labels.tolist() for _, labels in data.loader(dataset, 5)]
+        in_order = [labels.tolist() for _, labels in data.Loader(dataset, 5)]
         self.assertEqual(in_order, [[0, 1, 2, 3, 4], [5, 6, 7, 8, 9], [10, 11]])
         order, orders = data.TrainingOrder(12, 4, 1, seed=0), []
         for order.epoch in (0, 1, 0):
             orders.append([])
-            for images, labels in data.loader(dataset, order):
+            for images, labels in data.Loader(dataset, order):
                 self.assertEqual(images.tolist(), labels.tolist())
                 orders[-1] += labels.tolist()
             self.assertEqual(sorted(orders[-1]), list(range(12)))

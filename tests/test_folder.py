@@ -8,12 +8,15 @@ from unittest import mock
 
 import torch
 import torch.nn.functional as F
+from torch.utils.data import TensorDataset
+from torchvision import transforms
 
 import finetune
 import pretrain
 from attack import pgd
 from model import Autoencoder, De3, add_noise
 from support import data, pictures, runs
+from support import training as training_steps
 from tests.helpers import (assert_near, assert_picture, assert_refused, finished, new_folder,
                            photo_autoencoder, photo_flags, photo_runs, photos, read_csv, run, training)
 
@@ -91,7 +94,7 @@ class TestFolder(unittest.TestCase):
     def test_training_learns(self):
         source = photo_autoencoder(epochs=20)
         autoencoder, _ = runs.load_finished(source, "autoencoder")
-        images = torch.stack([image for image, _ in data.load_dataset(photos(), "val", 32)])
+        images, _ = next(iter(data.Loader(data.load_dataset(photos(), "val", 32), 24)))
         torch.manual_seed(0)
         denoised = autoencoder.reconstruct(add_noise(images, 75), images).clamp(0, 1)
         mean = images.mean(dim=(2, 3), keepdim=True).expand_as(images)
@@ -119,10 +122,10 @@ class TestFolder(unittest.TestCase):
     def test_default_trains_both(self):
         calls, result = self.purified()
         self.assertEqual([path.parent.name for path in result.wrote()],
-                         ["de3_uniform0-30", "clean"])
+                         ["de3_uniform0-60", "clean"])
         self.assertFalse(any(gradients for _, gradients in calls))
         first, last = calls[0][0], calls[-1][0]
-        self.assertEqual(str(first.sigma), "uniform:0,30")
+        self.assertEqual(str(first.sigma), "uniform:0,60")
         self.assertIsNotNone(first.autoencoder)
         self.assertFalse(last.defended)
         source = result.wrote()[0].parents[1] / "checkpoint.pt"
@@ -202,22 +205,39 @@ class TestFolder(unittest.TestCase):
         self.assertEqual((len(drawn), tested), (16 * 3, 0.2))
         self.assertTrue(0 <= min(drawn) < 0.05 and 0.35 < max(drawn) <= 0.4)
 
+    def choice(self, name, adversarial, images, in_memory):
+        """What is chosen for so many images: (what augments a batch, mixed, label smoothing)."""
+        dataset = TensorDataset(torch.zeros(images)) if in_memory else range(images)
+        if not in_memory:
+            dataset = mock.MagicMock(__len__=lambda _: images)
+        args = argparse.Namespace(data=name, adversarial=adversarial, label_smoothing=0.1)
+        return finetune.choose_augmentation(args, dataset, 32), dataset
+
     def test_choice_of_augmentation(self):
-        """(augmented, mixed): enough images, no mixing of adversarial ones, digits only shifted."""
-        enough = finetune.AUGMENT_FROM
+        """The digits are shifted, small images cropped, enough others get the paper's recipe."""
+        shift, crop, enough = training_steps.shift, training_steps.crop_and_flip, finetune.AUGMENT_FROM
         self.assertEqual(enough, 10_000)
-        for name, adversarial, images, expected in [
-                ("photos", None, enough - 1, (False, False)), ("photos", None, enough, (True, True)),
-                ("photos", 8 / 255, enough, (True, False)), ("cifar10", None, 50_000, (True, True)),
-                ("digits", None, 1197, (True, False)), ("digits", 8 / 255, 1197, (False, False))]:
-            args = argparse.Namespace(data=name, adversarial=adversarial)
-            self.assertEqual(finetune.choose_augmentation(args, images), expected)
+        for name, adversarial, images, in_memory, expected in [
+                ("photos", None, enough - 1, False, (None, False, 0.0)),
+                ("photos", None, enough, False, (None, True, 0.1)),
+                ("photos", 8 / 255, enough, False, (None, False, 0.1)),
+                ("cifar10", None, 45_000, True, (crop, False, 0.1)),
+                ("photos", 8 / 255, 100, True, (crop, False, 0.1)),
+                ("digits", None, 1197, True, (shift, False, 0.1)),
+                ("digits", 8 / 255, 1197, True, (None, False, 0.0))]:
+            chosen, dataset = self.choice(name, adversarial, images, in_memory)
+            self.assertEqual(chosen, expected)
+            transformed = not in_memory and images >= enough
+            self.assertEqual(isinstance(dataset.transform, transforms.Compose)
+                             if not in_memory else False, transformed)
 
     def test_augment(self):
+        """Images that are not kept in memory: mixed labels, smoothed, where there are enough."""
         for augmented in (True, False):
             with mock.patch.object(F, "cross_entropy", wraps=F.cross_entropy) as losses, \
-                    mock.patch.object(data, "finetune_transform", wraps=data.finetune_transform
-                                      ) as transform, \
+                    mock.patch.object(data, "MEMORY", 0), \
+                    mock.patch.object(training_steps, "finetune_transform",
+                                      wraps=training_steps.finetune_transform) as transform, \
                     mock.patch.object(finetune, "AUGMENT_FROM", 24 if augmented else 25):
                 _, result = self.purified("--mode", "de3")
             self.assertEqual(transform.call_count, augmented)
@@ -226,11 +246,20 @@ class TestFolder(unittest.TestCase):
                 self.assertEqual(call.args[1].dim(), 1 + augmented)  # mixed labels
                 self.assertEqual(call.kwargs["label_smoothing"], 0.1 * augmented)
 
+    def test_small_images_are_cropped(self):
+        """In both training stages, every batch; their labels are smoothed, not mixed."""
+        for stage, flags in (("pretrain", ()), ("finetune", ("--mode", "clean", "--from-scratch"))):
+            with mock.patch.object(training_steps, "crop_and_flip",
+                                   wraps=training_steps.crop_and_flip) as crop:
+                finished(run(stage, *flags, *training(2), *photo_flags(new_folder())))
+            self.assertEqual(crop.call_count, 6)
+
     def test_augmented_digits(self):
         """Shifted, labels smoothed; not in adversarial training."""
         for flags, augmented in (((), True), (("--adversarial", "8/255"), False)):
             with mock.patch.object(F, "cross_entropy", wraps=F.cross_entropy) as losses, \
-                    mock.patch.object(data, "shift", wraps=data.shift) as shift:
+                    mock.patch.object(training_steps, "shift",
+                                      wraps=training_steps.shift) as shift:
                 finished(run("finetune", "--mode", "clean", "--from-scratch", *flags,
                              *training(1, 600), "--max-batch", 600, "--runs", new_folder()))
             self.assertEqual(shift.call_count, int(augmented))

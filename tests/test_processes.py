@@ -16,9 +16,9 @@ class TestProcesses(unittest.TestCase):
         After one step AdamW's first moment is 0.1 times the gradient.
         """
         gradients, losses = [], []
-        for start, more in ((run, ()), (run, ("--max-batch", 500)), (torchrun, ("--max-batch", 300))):
-            path, = finished(start("pretrain", "--sigma", 0, *training(1, 1196), *more, "--runs",
-                                   new_folder())).wrote()
+        for start, most in ((run, 299), (run, 598), (torchrun, 300)):
+            path, = finished(start("pretrain", "--sigma", 0, *training(1, 1196), "--max-batch", most,
+                                   "--runs", new_folder())).wrote()
             state = torch.load(path)["optimizer"]["state"].values()
             gradients.append(torch.cat([moments["exp_avg"].flatten() for moments in state]))
             row, = read_csv(path.with_name("log.csv"))

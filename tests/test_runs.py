@@ -27,7 +27,7 @@ class TestFolders(unittest.TestCase):
                 ({}, {}, "runs/digits/nim_gamma10-12"),
                 (dict(seed=3), {}, "runs/digits/nim_gamma10-12_seed3"),
                 (dict(size="small"), {}, "runs/digits/nim_gamma10-12_small"),
-                (dict(data="cifar10", size="small"), {}, "runs/cifar10/nim_gamma25-3"),
+                (dict(data="cifar10", size="small"), {}, "runs/cifar10/nim_gamma10-8"),
                 (dict(data="a/b/photos", size="base"), {}, "runs/photos/nim_gamma25-3"),
                 ({}, dict(level=NoiseScale.parse("75")), "runs/digits/nim_75"),
                 ({}, dict(level=NoiseScale.parse("0")), "runs/digits/nim_0"),

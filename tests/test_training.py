@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from model import UserError
-from support import cli, training
+from support import cli, runs, training
 from tests.helpers import (assert_near, assert_refused, finished, new_folder, photo_flags, photo_runs,
                            read_csv, run, small_autoencoder, small_classifier)
 
@@ -74,24 +74,34 @@ class TestTraining(unittest.TestCase):
         assert_near(layers[0].detach(), torch.tensor(0.4))
 
     def test_plan_of_batches(self):
-        """Equal micro-batches that fit; a batch no larger than the data set."""
+        """As few equal micro-batches as fit; a batch no larger than the data set."""
         for given, expected in [((32, 256, 1000), (32, 1, 31)), ((32, 10, 1000), (32, 4, 31)),
-                                ((32, 256, 20), (20, 1, 1)), ((7, 3, 70), (7, 7, 10))]:
+                                ((32, 256, 20), (20, 1, 1)), ((7, 3, 70), (6, 3, 11))]:
             self.assertEqual(training.plan_batches(*given), expected)
         with mock.patch.object(cli, "process_count", return_value=3):
             self.assertEqual(training.plan_batches(32, 5, 100), (30, 2, 3))
             self.assertRaises(UserError, training.plan_batches, 2, 5, 100)
 
     def test_autocast(self):
-        """bfloat16 where --bf16 says so; without the flag on a GPU only, and only in training."""
+        """bfloat16 where it is asked for."""
         product = lambda: torch.ones(2, 2) @ torch.ones(2, 2)
         for bf16, expected in ((True, torch.bfloat16), (False, torch.float32), (None, torch.float32)):
-            with cli.autocast(bf16, torch.device("cpu"), training=True):
+            with cli.autocast(bf16, torch.device("cpu")):
                 self.assertEqual(product().dtype, expected)
-        for in_training in (True, False):
-            with mock.patch("torch.autocast") as autocast:
-                cli.autocast(None, torch.device("cuda"), in_training)
-            self.assertEqual(autocast.call_args.kwargs["enabled"], in_training)
+
+    def test_training_precision(self):
+        """As --bf16 says; else on a GPU, and on a CPU where it is faster, but not for the digits."""
+        cpu, gpu = torch.device("cpu"), torch.device("cuda")
+        for faster in (True, False):
+            with mock.patch.object(cli, "bf16_is_faster", return_value=faster):
+                self.assertTrue(cli.training_precision(None, gpu, "tiny"))
+                self.assertFalse(cli.training_precision(False, gpu, "base"))
+                self.assertEqual(cli.training_precision(None, cpu, "small"), faster)
+                self.assertFalse(cli.training_precision(None, cpu, "tiny"))
+                with contextlib.redirect_stdout(io.StringIO()) as out:
+                    self.assertTrue(cli.training_precision(True, cpu, "tiny"))
+                self.assertEqual("slower than float32" in out.getvalue(), not faster)
+        self.assertIn(cli.bf16_is_faster(), (True, False))
 
 
 class Terminal(io.StringIO):
@@ -124,9 +134,15 @@ class TestLog(unittest.TestCase):
         folder = new_folder()
         self.finish_epoch(folder, 1, 5, seconds=4.0)
         self.finish_epoch(folder, 2, None)
-        self.assertEqual(read_csv(folder / "log.csv"), [
-            dict(epoch="1", loss="1.500000", accuracy="50.00", lr="1.000e-02", images_per_second="5.0"),
-            dict(epoch="2", loss="1.500000", accuracy="", lr="1.000e-02", images_per_second="10.0")])
+        made_by = runs.provenance()
+        self.assertEqual(made_by["torch"], torch.__version__)
+        self.assertEqual([{**row, **dict.fromkeys(made_by)} for row in read_csv(folder / "log.csv")], [
+            dict(epoch="1", loss="1.500000", accuracy="50.00", lr="1.000e-02", images_per_second="5.0",
+                 **dict.fromkeys(made_by)),
+            dict(epoch="2", loss="1.500000", accuracy="", lr="1.000e-02", images_per_second="10.0",
+                 **dict.fromkeys(made_by))])
+        for name, value in made_by.items():
+            self.assertEqual(read_csv(folder / "log.csv")[1][name], value)
 
     def test_rows_of_later_epochs_are_replaced(self):
         """They were written by a run that was killed before it saved, or that is trained anew."""
