@@ -20,7 +20,7 @@ from model import UserError, check_images
 from support import cli, data, evaluation, runs, training
 
 DRAWS = 5  # fresh draws of a random defense that score it
-FOOLED_MARGIN = 1e-3  # early stop asks for so much, lest rounding rescue the image afterwards
+FOOLED_MARGIN = 1e-3  # early stop: fooled only above this, so that rounding cannot undo it
 
 
 # --------------------------------------------------------------------------- PGD (Madry et al. 2018)
@@ -32,7 +32,7 @@ def margin(logits, labels):
 
 
 def objective(logits, labels, targets, loss):
-    """What the attacker raises, [B]: loss "ce" (cross-entropy) or "margin", of the labels.
+    """What the attacker raises, [B]: the loss of the labels, "ce" (cross-entropy) or "margin".
 
     With targets [B] it is the loss of the target class, negated: the attack moves towards it.
     """
@@ -43,25 +43,25 @@ def objective(logits, labels, targets, loss):
     return loss_of(labels) if targets is None else -loss_of(targets)
 
 
-def input_gradient(model, images, labels, targets, loss, eot, max_batch=None):
-    """Gradient of the objective with respect to the images, averaged over eot draws of the model.
+def input_gradient(model, current, labels, targets, loss, eot, max_batch=None):
+    """Gradient of the objective at the current images, averaged over eot draws of the model.
 
     Expectation over transformation (Athalye et al. 2018): a model that is random at every call has
     to be attacked through the mean over its randomness. As many draws go through the model at once
-    as max_batch images allow (one if None). Also returns the mean margin over the draws, [B]: above
-    0 where the attack has reached its end.
+    as max_batch images allow (one draw if None). Also returns the mean margin over the draws, [B]:
+    above 0 where the attack has succeeded.
     """
-    total, margins = torch.zeros_like(images), torch.zeros(len(images), device=images.device)
-    at_once = max(1, (max_batch or 1) // max(1, len(images)))
+    total, margins = torch.zeros_like(current), torch.zeros(len(current), device=current.device)
+    at_once = max(1, (max_batch or 1) // max(1, len(current)))
     for first in range(0, eot, at_once):
         draws = min(at_once, eot - first)
         repeated_labels = labels.repeat(draws)
         repeated_targets = None if targets is None else targets.repeat(draws)
         with torch.enable_grad():
-            x = images.detach().requires_grad_()
-            logits = model(x.repeat(draws, 1, 1, 1))
+            x = current.detach().requires_grad_()
+            logits = model(x.repeat(draws, 1, 1, 1))  # [draws·B, classes]; each copy has its own noise
             gain = objective(logits, repeated_labels, repeated_targets, loss)
-            total += torch.autograd.grad(gain.sum(), x)[0]
+            total += torch.autograd.grad(gain.sum(), x)[0]  # of x: the sum over its copies
         margin_of_draws = objective(logits.detach(), repeated_labels, repeated_targets, "margin")
         margins += margin_of_draws.view(draws, -1).sum(0)
     if not total.isfinite().all():
@@ -140,7 +140,7 @@ def pgd(model, images, labels, eps, steps, step_size=None, norm="linf", random_s
             gradient, margins = input_gradient(model, x[active], labels[active], active_targets, loss,
                                                eot, max_batch)
             if early_stop:
-                not_yet_fooled = margins <= FOOLED_MARGIN
+                not_yet_fooled = margins <= FOOLED_MARGIN  # the others leave for good
                 active, gradient = active[not_yet_fooled], gradient[not_yet_fooled]
             if norm == "linf":
                 direction = gradient.sign()
@@ -200,8 +200,7 @@ def arguments():
     add = parser.add_argument
     add("--attack", nargs="+", choices=["fgsm", "pgd", "pgd+eot"], default=["fgsm", "pgd", "pgd+eot"],
         help="default: all three")
-    add("--eps", nargs="+", type=cli.eps, default=[8 / 255, 16 / 255], metavar="E",
-        help="radii, default 8/255 16/255")
+    add("--eps", nargs="+", type=cli.eps, default=[8 / 255, 16 / 255], help="default 8/255 16/255")
     add("--norm", choices=["linf", "l2"], default="linf", help="default linf")
     add("--steps", type=cli.count, default=20, help="of pgd, default 20")
     add("--step-size", type=cli.eps, help="of pgd, as 2/255; default 2.5 eps/steps")

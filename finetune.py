@@ -1,4 +1,4 @@
-"""Stage 2, finetune.py: train the classifier, on denoised images (De³) and undefended.
+"""Stage 2, finetune.py: train two classifiers, one on denoised images (De³), one undefended.
 
     python finetune.py                              both, from the encoder pretrain.py made
     python finetune.py --mode clean --from-scratch  undefended, no pretraining
@@ -8,7 +8,7 @@
 
 Order: augment, mix (or attack: PGD through the defense, one draw a step), noise, denoise without
 gradients, clamp, classify. Writes checkpoint.pt and log.csv after every epoch into a folder inside
-the autoencoder's; beside it, where no autoencoder is used. Next: defend.py, attack.py.
+that of the autoencoder it starts from. Next: defend.py, attack.py.
 """
 
 import torch
@@ -39,9 +39,8 @@ AUGMENT_FROM = 10_000  # training images: with fewer, the paper's augmentation h
 def arguments():
     parser = cli.stage_parser(__doc__)
     add = parser.add_argument
-    add("--mode", choices=["de3", "clean", "no-denoise"], help="train only the classifier behind De³, "
-        "the undefended one, or one on noisy images that are not denoised; default: de3, then clean "
-        "(with --adversarial: clean)")
+    add("--mode", choices=["de3", "clean", "no-denoise"], help="train only this one; no-denoise: "
+        "on noisy images; default: de3, then clean (with --adversarial: clean)")
     add("--autoencoder", type=cli.run_path, metavar="RUN", help="folder of the pretraining run, or a "
         "file of published weights; default: the run that pretrain.py makes by default")
     add("--sigma", type=cli.noise_scale, help="noise scale in 8-bit units, one draw per image; "
@@ -61,6 +60,8 @@ def arguments():
     args.from_scratch = args.from_scratch or args.arch != "vit"
     if args.init and args.from_scratch:
         raise UserError("--init is for the ViT, and not for --from-scratch")
+    if args.keep_visible and args.mode != "de3":
+        raise UserError("--keep-visible is for --mode de3, behind an autoencoder of --task mim")
     if args.from_scratch:
         args.layer_decay = 1.0  # no layer is pretrained
     return args
@@ -69,8 +70,7 @@ def arguments():
 def choose_augmentation(args, train_set, image_size):
     """(what augments a batch, or None; whether images and labels are mixed; the label smoothing).
 
-    Small images are cropped and flipped. Others get the paper's augmentation, as they are loaded,
-    where there are enough of them; adversarial images are not mixed.
+    Small images are cropped and flipped; others, if there are enough, augmented as they are loaded.
     """
     if args.data == "digits":
         if args.adversarial is not None:  # which shifted digits and smoothed labels make weaker
@@ -86,10 +86,7 @@ def choose_augmentation(args, train_set, image_size):
 
 
 def run_of(args, mode, uses_sigma, behind_mim, autoencoder, source):
-    """The folder of a run, and the settings that a later run of that name must share.
-
-    What this mode does not use has no part in either.
-    """
+    """The folder of a run and the settings that decide its weights, without what its mode ignores."""
     sigma = args.sigma if uses_sigma else None
     max_mask_ratio = args.max_mask_ratio if behind_mim else None
     parent, ignored = runs.data_folder(args.runs, args.data), ["autoencoder", "mode"]
@@ -148,7 +145,7 @@ def train(args, mode, device):
         size = pretraining["config"]
         behind_mim = mode == "de3" and pretraining["task"] == "mim"
     if args.keep_visible and not behind_mim:
-        raise UserError("--keep-visible is for --mode de3 behind an autoencoder of --task mim")
+        raise UserError("--keep-visible is for an autoencoder of --task mim")
     uses_sigma = mode != "clean" and not behind_mim
     folder, settings = run_of(args, mode, uses_sigma, behind_mim, autoencoder, source)
 
@@ -193,7 +190,6 @@ def train(args, mode, device):
         cli.compile_models(device, autoencoder, classifier)
 
     # training
-    bf16 = cli.training_precision(args.bf16, device, args.size)
     model = training.distribute(classifier)
     peak_lr, warmup_steps = args.base_lr * batch / 256, args.warmup_epochs * steps
     for epoch in range(first_epoch, args.epochs):
@@ -209,13 +205,13 @@ def train(args, mode, device):
             if behind_mim:
                 defense.mask_ratio = args.max_mask_ratio * torch.rand(()).item()
             if args.adversarial is not None:
-                with cli.autocast(bf16, device):
+                with cli.autocast(args.bf16, device):
                     images = attack_images(args, defense, images, labels, step, warmup_steps)
             elif mixed:
                 images, targets = mix(images, labels)
             classifier.train()
             with training.gradient_averaging(model, last_micro_batch):
-                with cli.autocast(bf16, device):
+                with cli.autocast(args.bf16, device):
                     with torch.no_grad():
                         purified = defense.purify(images)
                     logits = model(purified)
@@ -240,6 +236,7 @@ def train(args, mode, device):
 def main():
     args = arguments()
     device = cli.open_device(args.device)
+    args.bf16 = cli.training_precision(args.bf16, device, args.size)
     default_modes = ["de3", "clean"] if args.adversarial is None else ["clean"]
     for mode in [args.mode] if args.mode else default_modes:
         train(args, mode, device)

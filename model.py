@@ -77,8 +77,8 @@ class NoiseScale:
     def __str__(self):
         """What `parse` reads."""
         if self.fixed is not None:
-            return f"{self.fixed:g}"
-        return f"{self.kind}:{self.first:g},{self.second:g}"
+            return f"{self.fixed:.15g}"
+        return f"{self.kind}:{self.first:.15g},{self.second:.15g}"
 
 
 def add_noise(images, sigma, noise=None):
@@ -89,7 +89,7 @@ def add_noise(images, sigma, noise=None):
     sigma = torch.as_tensor(sigma).to(images).view(-1, 1, 1, 1)
     if noise is None:
         noise = torch.randn_like(images)
-    return images + noise * sigma / 255
+    return images + noise.to(images) * sigma / 255
 
 
 def patchify(images, p):
@@ -136,8 +136,9 @@ class Attention(nn.Module):
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each [B, heads, L, D/heads]
         if x.is_cuda:
             x = F.scaled_dot_product_attention(q, k, v)
-        else:  # by hand: on a CPU the fused kernel's backward is slower (studies.speed)
-            scores = q * (D // self.num_heads) ** -0.5 @ k.transpose(-2, -1)  # [B, heads, L, L]
+        else:  # the same by hand: on a CPU the fused kernel's backward is slower
+            scale = (D // self.num_heads) ** -0.5
+            scores = (q * scale) @ k.transpose(-2, -1)  # [B, heads, L, L]
             x = scores.softmax(-1) @ v
         return self.proj(x.transpose(1, 2).reshape(B, L, D))
 
@@ -210,7 +211,7 @@ class Autoencoder(ViT):
     """ViT encoder and decoder in MAE's layout, pretrained by NIM (denoise) or MIM (fill in).
 
     norm_pix: each target patch, of the mean/std-normalized image, is shifted and scaled by its own
-    mean and standard deviation; to get an image back, by those of a reference image.
+    mean and standard deviation; an image is got back with those of a reference image.
     """
 
     def __init__(self, image_size=32, patch_size=8, embed_dim=64, depth=4, num_heads=4,
@@ -285,7 +286,7 @@ class Autoencoder(ViT):
         if scores is None:
             scores = torch.rand(B, L, device=images.device)
         order = scores.argsort(1)  # the patches that stay come first
-        place = order.argsort(1)  # where each patch stands in that order
+        place = order.argsort(1)  # the inverse: where each patch stands in that order
         visible = tokens.gather(1, order[:, :keep, None].expand(-1, -1, D))
         latent = self.decoder_embed(self.norm(self.encode(visible)))
         mask_tokens = self.mask_token.expand(B, L - keep, -1)
@@ -328,8 +329,8 @@ def check_images(images):
 
 def clamp_straight_through(x):
     """clamp(x, 0, 1) with the gradient of the identity, not 0 where it cuts (Athalye et al. 2018)."""
-    zero = x - x.detach()  # zero in value, the identity in gradient
-    return x.clamp(0, 1).detach() + zero
+    zero = x - x.detach()  # its value is 0, its gradient that of x
+    return x.clamp(0, 1).detach() + zero  # the value comes from the one, the gradient from the other
 
 
 class De3(nn.Module):
@@ -344,9 +345,8 @@ class De3(nn.Module):
     mask_ratio: MIM's version, masking instead of noise. The classifier gets the decoder's whole
         output, as in the authors' code; keep_visible pastes the unmasked input patches back.
     votes: the logits are the log of the mean probability over this many draws (1: plain logits).
-    noise: the ε to use, [3, H, W] for all images, instead of fresh ones: nothing is random then.
+    noise: the ε to use, [3, H, W] for all images, instead of fresh ones; sigma must be fixed.
     straight_through: gradients pass the clamp as if it were the identity.
-    Raises UserError for settings that exclude each other or are out of range.
     """
 
     def __init__(self, autoencoder, classifier, sigma, mask_ratio=None, keep_visible=False,
@@ -355,12 +355,14 @@ class De3(nn.Module):
         if votes < 1:
             raise UserError(f"votes must be at least 1, not {votes}")
         if mask_ratio is not None:
-            if autoencoder is None or sigma is not None or noise is not None:
-                raise UserError("mask_ratio needs an autoencoder to fill in, sigma and noise None")
+            if autoencoder is None or sigma is not None:
+                raise UserError("mask_ratio needs an autoencoder to fill in, and sigma None: no noise")
             if not 0 <= mask_ratio < 1:
                 raise UserError(f"mask_ratio must be in [0, 1), not {mask_ratio}")
         if sigma is not None and not isinstance(sigma, NoiseScale):
             sigma = NoiseScale.parse(sigma)
+        if noise is not None and (sigma is None or sigma.fixed is None):
+            raise UserError("a given noise needs a fixed sigma")
         self.autoencoder, self.classifier = autoencoder, classifier
         self.sigma, self.noise = sigma, noise
         self.mask_ratio, self.keep_visible = mask_ratio, keep_visible
@@ -374,9 +376,9 @@ class De3(nn.Module):
     @property
     def is_random(self):
         """Whether two calls on the same images can differ: an attack on it then needs EOT."""
-        if self.mask_ratio is not None:
-            return True
-        return self.sigma is not None and self.sigma.fixed != 0 and self.noise is None
+        if self.sigma is None or self.sigma.fixed == 0:
+            return self.mask_ratio is not None
+        return self.noise is None
 
     @property
     def level(self):

@@ -53,13 +53,14 @@ def print_psnr(autoencoder, args, heldout, device):
     print("\nsigma  noisy dB  denoised dB" if nim else
           "\nmask ratio  filled in dB (visible patches kept)")
     for level in SIGMAS if nim else MASK_RATIOS:
-        sigma, mask_ratio = (level, None) if nim else (None, level)
-        defense = De3(autoencoder, None, sigma, mask_ratio, keep_visible=True)
+        defense = De3(autoencoder, None, level) if nim else De3(
+            autoencoder, None, None, mask_ratio=level, keep_visible=True)
         training.seed_epoch(args.seed, args.epochs)
         before = after = 0
         for images, _ in data.Loader(heldout, 250, args.workers, device):
             with torch.no_grad():
-                before += pictures.psnr(add_noise(images, level), images).sum().item()
+                if nim:
+                    before += pictures.psnr(add_noise(images, level), images).sum().item()
                 after += pictures.psnr(defense.purify(images), images).sum().item()
         count, before, after = cli.sum_over_processes(len(heldout), before, after)
         if nim:
@@ -73,6 +74,7 @@ def print_psnr(autoencoder, args, heldout, device):
 def main():
     args = arguments()
     device = cli.open_device(args.device)
+    args.bf16 = cli.training_precision(args.bf16, device, args.size)
     nim = args.task == "nim"
     folder = runs.autoencoder_folder(args, args.task, args.sigma if nim else args.mask_ratio,
                                      args.norm_pix, args.init)
@@ -88,7 +90,7 @@ def main():
     order = data.TrainingOrder(len(train), batch, micro_batches, args.seed, cli.rank(),
                                cli.process_count())
     batches = data.Loader(train, order, args.workers, device)
-    crops = args.data != "digits" and data.in_memory(train)
+    crops = args.data != "digits" and data.in_memory(train)  # others are augmented as they are loaded
 
     # the model, new or as an earlier run left it
     torch.manual_seed(args.seed)
@@ -111,7 +113,6 @@ def main():
         cli.compile_models(device, autoencoder)
 
     # training
-    bf16 = cli.training_precision(args.bf16, device, args.size)
     model = training.distribute(autoencoder)
     peak_lr = args.base_lr * batch / 256
     for epoch in range(first_epoch, args.epochs):
@@ -124,7 +125,7 @@ def main():
             step = epoch * steps + number // micro_batches
             last_micro_batch = (number + 1) % micro_batches == 0
             with training.gradient_averaging(model, last_micro_batch):
-                with cli.autocast(bf16, device):
+                with cli.autocast(args.bf16, device):
                     if nim:
                         noisy = add_noise(images, args.sigma.draw(len(images), device))
                         loss = model(images, noisy)

@@ -13,11 +13,11 @@
                                TestPgd           known optima, the ball, EOT
     tests/test_pgd.py          TestPgdOptions    invariants, restarts, early stop, draws run together
     tests/test_table.py        TestTable         ball check, intervals, PSNR, rows, names in words
-    tests/test_training.py     TestTraining      learning rate, parameter groups, batches, autocast
-                               TestLog           an epoch's line and row, the line on a terminal
-    tests/test_runs.py         TestFolders       run folders, and the commands that make them
-                               TestCheckpoints   saved whole, loaded frozen and without running code
+    tests/test_training.py     TestTraining      learning rate, groups, batches, precision; TestLog
+    tests/test_recipes.py      TestRecipes       against the paper's numbers; TestAugmentation as well
+    tests/test_runs.py         TestFolders       names of run folders; TestCheckpoints: saved whole
     tests/test_data.py         TestData          the digits, augmentation, loader, order, even spread
+    tests/test_color.py        TestColor         images in memory, test folders, CIFAR-10, --save
     tests/test_stages.py       TestStages        pretrain, finetune, defend, attack on the digits
     tests/test_folder.py       TestFolder        the same and the variants on a small folder of images
     tests/test_published.py    TestInitialize    names, shapes and positions copied from other weights

@@ -1,6 +1,6 @@
 """Randomized smoothing (Cohen et al. 2019) of De³: a radius in L2 that no attack whatever can cross.
 
-    python -m studies.certify --sigma 50 200            the default De³, on 1,000 test images
+    python -m studies.certify --sigma 50 200            the default De³, on all test images
     python -m studies.certify --classifier RUN --sigma 64 --images 200
 
 Inside the radius the class that De³ gives most often over its noise stays the same, with 99.9%
@@ -147,12 +147,16 @@ def main():
     for words, run, _, de3 in defenses:
         training.seed_epoch(args.seed, 0)
         single_images = data.Loader(own_images, 1, device=device)
-        rows = certify_images(de3, single_images, args.n0, args.n, args.max_batch, progress.show)
+        with cli.autocast(args.bf16, device):
+            rows = certify_images(de3, single_images, args.n0, args.n, args.max_batch, progress.show)
         progress.clear()
         print(f"{words} ({run}): {len(own_images)} {args.split} images, class from {args.n0} draws, "
               f"bound from {args.n}, 99.9% confidence, seed {args.seed}\n")
         print_table(rows, de3, args.n, own_images[0][0].shape)
-        save_table(runs.data_folder(args.runs, args.data) / run / f"certify_sigma{de3.sigma}.csv", rows)
+        folder = runs.data_folder(args.runs, args.data) / run
+        if folder.is_file():  # published weights
+            folder = runs.data_folder(args.runs, args.data) / folder.stem
+        save_table(folder / f"certify_sigma{de3.sigma}.csv", rows)
 
 
 if __name__ == "__main__":

@@ -33,18 +33,13 @@ def points_of_comparison(rows):
 
 
 def points_of_attack(rows):
-    """The same from attack.csv: the largest eps, with EOT where there is a row with it."""
-    largest = max(float(row["eps"]) for row in rows)
+    """The same from attack.csv: the latest row of each, with EOT where there is a row with it."""
     points = {}
-    for row in rows:
-        if float(row["eps"]) != largest or row["attack"] == "fgsm":
-            continue
+    for row in sorted(rows, key=lambda row: row["attack"] == "pgd+eot"):  # last, so that it stays
         level = "off" if row["sigma"] == "" else f"σ = {float(row['sigma']):g}"
         name = re.sub(r" σ = [\d.]+", "", row["defense"])
         values = float(row["clean_accuracy"]), float(row["robust_accuracy"])
-        levels = points.setdefault(name, {})
-        if row["attack"] == "pgd+eot" or level not in levels:
-            levels[level] = [values]
+        points.setdefault(name, {})[level] = [values]
     return points
 
 
@@ -105,12 +100,12 @@ def main():
         rows = list(csv.DictReader(file))
     if not rows or not {"eps", "images", "steps"} <= rows[0].keys():
         raise UserError(f"{args.table} is no table of compare.py or attack.py")
-    if "one_shot" in rows[0]:
-        same = ("eps", "images", "split", "steps", "eot")  # as the last row: one attack, one picture
-        rows = [row for row in rows if all(row[name] == rows[-1][name] for name in same)]
-        points = points_of_comparison(rows)
-    else:
-        points = points_of_attack(rows)
+    rows = [row for row in rows if row.get("attack") != "fgsm"]
+    if not rows:
+        raise UserError(f"{args.table} holds no row of PGD")
+    same = ("eps", "images", "split", "norm", "steps")  # as the last row: one attack, one picture
+    rows = [row for row in rows if all(row.get(name) == rows[-1].get(name) for name in same)]
+    points = points_of_comparison(rows) if "one_shot" in rows[0] else points_of_attack(rows)
     points = {name: points[name] for name in SHOWN if name in points} or points
     if len(points) > len(STYLES):
         points = dict(list(points.items())[:len(STYLES)])

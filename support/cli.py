@@ -14,8 +14,7 @@ import torch.distributed as dist
 from model import SIZES, Autoencoder, NoiseScale, UserError
 
 # What changes where or how fast a run works, but not the weights that it ends with.
-NOT_SETTINGS = ("device", "runs", "workers", "resume", "overwrite", "max_batch", "bf16", "compile",
-                "dry_run")
+NOT_SETTINGS = ("device", "runs", "workers", "resume", "overwrite", "max_batch", "compile", "dry_run")
 
 
 # ----------------------------------------------------------------------------- types of arguments
@@ -96,8 +95,8 @@ def training_flags(parser, recipes):
     add("--batch-size", type=count, help="images of one optimizer step; " + defaults("batch_size"))
     add("--base-lr", type=number(float, 1e-12, 1e30),
         help="lr = this x batch/256; " + defaults("base_lr"))
-    add("--warmup-epochs", type=number(float), help="default: a share of the epochs, "
-        + defaults("warmup_share"))
+    add("--warmup-epochs", type=number(float),
+        help="default: a share of the epochs; " + defaults("warmup_share"))
     add("--init", metavar="FILE", help="start from published weights: MAE's, NIM-AdvDef's, timm's "
         "ViT (average pooling), or a checkpoint.pt")
     add("--dry-run", action="store_true", help="print what the flags come to, and stop")
@@ -219,6 +218,7 @@ def autocast(bf16, device):
 
 def minutes(seconds):
     """Seconds as minutes:seconds."""
+    seconds = round(seconds)
     return f"{seconds // 60:.0f}:{seconds % 60:02.0f}"
 
 
@@ -250,6 +250,8 @@ class Progress:
 
 def run_script(main):
     """Call main(); one sentence and exit code 2 for bad input, 130 for Ctrl-C."""
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="replace")  # a terminal without σ shows a question mark
     try:
         main()
     except UserError as error:  # from a loading process it comes with that process's traceback

@@ -59,8 +59,9 @@ def sigmas_to_test(args, mode):
 def load_autoencoder(args, folder, checkpoint, device):
     """The autoencoder in front of a classifier: (model, its checkpoint, its folder).
 
-    It is --autoencoder's, else the one whose folder the classifier's folder stands in, else
-    pretrain.py's default run. A classifier trained behind other weights raises UserError.
+    --autoencoder names it; without the flag it is the one in whose folder the classifier lies, or
+    pretrain.py's default run, where there is none. Raises UserError for a classifier that was trained
+    behind other weights.
     """
     pretraining_folder = folder.parent
     if checkpoint["mode"] != "de3" and not (pretraining_folder / "checkpoint.pt").exists():

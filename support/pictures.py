@@ -33,7 +33,8 @@ def draw_sheet(path, heading, columns, rows):
     left = 12 + max(int(font.getlength(line)) for row in rows for line in row.title.split("\n"))
     height = CELL + TEXT + 2 * GAP
     top = (TEXT + 4) * (heading.count("\n") + 2) + 2 * GAP
-    width = left + len(rows[0].images) * (CELL + GAP)
+    longest_line = max(int(font.getlength(line)) for line in heading.split("\n"))
+    width = max(left + len(rows[0].images) * (CELL + GAP), longest_line + 2 * GAP)
     sheet = Image.new("RGB", (width, top + len(rows) * height), "white")
     draw = ImageDraw.Draw(sheet)
     draw.multiline_text((GAP, GAP), heading, fill="black", font=font)

@@ -1,6 +1,5 @@
 """The audit of an attack: it passes an honest defense and catches one that hides its gradients."""
 
-import functools
 import unittest
 from unittest import mock
 
@@ -27,6 +26,37 @@ class DrownsGradients(De3):
         return add_noise(images, 2000 if torch.is_grad_enabled() else 20)
 
 
+class Shatters(De3):
+    """A ripple too small to see, and steep enough to drown the slope of the loss."""
+
+    def purify(self, images):
+        return super().purify(images + 1e-4 * torch.sin(2e4 * images))
+
+
+class NoisyBackward(torch.autograd.Function):
+    """The identity; its gradient comes with random noise of eight times its own size."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient + 8 * gradient.std() * torch.randn_like(gradient)
+
+
+class AddsNoiseToGradients(De3):
+    def purify(self, images):
+        return super().purify(NoisyBackward.apply(images))
+
+
+class Loud(De3):
+    """Logits times 1000: the cross-entropy saturates, and its gradient vanishes."""
+
+    def forward(self, images):
+        return 1000 * super().forward(images)
+
+
 class TestAudit(unittest.TestCase):
     def suspicious(self, kind):
         """The checks that a defense of this kind does not pass; the other model is its classifier."""
@@ -38,8 +68,7 @@ class TestAudit(unittest.TestCase):
 
     def short_search(self):
         """Makes the gradient-free attack one of few queries, where its result does not matter."""
-        search = functools.partial(audit.square_search, queries=2)
-        return mock.patch.object(audit, "square_search", search)
+        return mock.patch.object(audit, "QUERIES", 2)
 
     def assert_found(self, beginning, found):
         self.assertTrue(any(name.startswith(beginning) for name in found), found)
@@ -58,6 +87,27 @@ class TestAudit(unittest.TestCase):
         found = self.suspicious(DrownsGradients)
         self.assert_found("accuracy is the same while gradients are taken", found)
         self.assert_found("the gradient predicts the loss", found)
+
+    def test_shattered_gradients(self):
+        self.assert_found("the gradient predicts the loss", self.suspicious(Shatters))
+
+    def test_noise_added_to_gradients(self):
+        self.assert_found("the gradient predicts the loss", self.suspicious(AddsNoiseToGradients))
+
+    def test_saturated_logits(self):
+        found = self.suspicious(Loud)
+        self.assert_found("under 5% of the input gradients are zero", found)
+        self.assert_found("the margin loss is no stronger", found)
+
+    def test_first_check_alone(self):
+        """It tells the tricks from the honest model, with noise and without."""
+        model, (images, labels) = linear_on_digits()
+        for kind, low, high in ((De3, 0.8, 1.2), (Shatters, -0.5, 0.4),
+                                (AddsNoiseToGradients, -0.2, 0.2)):
+            for sigma in (0, 20):
+                gains = seeded(lambda: audit.predicted_and_actual_gain(kind(None, model, sigma), images,
+                                                                       labels)).mean(0)
+                self.assertTrue(low < gains[1] / gains[0] < high, (kind, sigma, gains))
 
     def test_gain(self):
         """Of a linear model the gradient predicts the gain exactly; of a quantized one nothing."""

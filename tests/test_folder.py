@@ -132,18 +132,22 @@ class TestFolder(unittest.TestCase):
         self.assertEqual(source.read_bytes(),
                          (photo_autoencoder() / "checkpoint.pt").read_bytes())
 
-    def test_classifier_trains_and_autoencoder_does_not(self):
-        """Each in its own mode at every step: drop path acts in the one, the other stays frozen."""
+    def test_modes_of_the_models(self):
+        """The classifier trains, but for the steps of an attack on it; the autoencoder is frozen."""
         modes, purify = [], De3.purify
 
         def watch(defense, images):
-            modes.append((defense.classifier.training, defense.autoencoder.training,
-                          any(p.requires_grad for p in defense.autoencoder.parameters())))
+            self.assertFalse(defense.autoencoder.training)
+            self.assertFalse(any(p.requires_grad for p in defense.autoencoder.parameters()))
+            modes.append(defense.classifier.training)
             return purify(defense, images)
         folder, _ = photo_runs()
-        with mock.patch.object(De3, "purify", watch):
-            finished(run("finetune", "--mode", "de3", *training(), *photo_flags(folder)))
-        self.assertEqual(modes, [(True, False, False)] * 3 + [(False, False, False)])
+        for flags, attack_steps in ((), 0), (("--adversarial", "8/255"), 5):
+            modes.clear()
+            with mock.patch.object(De3, "purify", watch):
+                finished(run("finetune", "--mode", "de3", *flags, *training(), *photo_flags(folder)))
+            batch = [False] * attack_steps + [True]
+            self.assertEqual(modes, 3 * batch + [False])  # the last on held-out images
 
     def test_starts_from_the_encoder(self):
         """With a learning rate of nearly zero the encoder's weights are still there."""
