@@ -3,7 +3,8 @@
     python -m studies.plot                                        RUNS/digits/compare.csv
     python -m studies.plot --table runs/digits/attack.csv --out tradeoff.png
 
-Two panels, a curve for each defense with the spread over its seeds; what has no sigma is a level line.
+Two panels, a curve for each defense with the spread over its seeds; what has no sigma is a level line,
+masking is left out.
 Robust is L∞ PGD with EOT, one shot. Needs matplotlib (pip install matplotlib).
 """
 
@@ -18,7 +19,7 @@ from support import cli, runs
 
 SHOWN = ("undefended", "adversarial training 16/255", "adversarial training 4/255", "noise only", "De³",
          "De³, the paper's Γ(25, 3), U(0, 30)", "De³, fine-tuned on U(0, 60)",
-         "De³, fine-tuned on U(50, 150)", "MIM, whole output")  # at most six of them in one table
+         "De³, fine-tuned on U(50, 150)")  # at most six of them in one table
 STYLES = [("#000000", "-", "o"), ("#0072b2", "--", "s"), ("#d55e00", "-", "^"), ("#009e73", "-.", "D"),
           ("#cc79a7", ":", "v"), ("#56b4e9", "--", "*")]  # Okabe and Ito's colors
 
@@ -100,9 +101,10 @@ def main():
         rows = list(csv.DictReader(file))
     if not rows or not {"eps", "images", "steps"} <= rows[0].keys():
         raise UserError(f"{args.table} is no table of compare.py or attack.py")
-    rows = [row for row in rows if row.get("attack") != "fgsm"]
+    rows = [row for row in rows if row.get("attack") != "fgsm" and not row.get("mask_ratio")]
+    rows = [row for row in rows if not row.get("level", "").startswith("mask")]
     if not rows:
-        raise UserError(f"{args.table} holds no row of PGD")
+        raise UserError(f"{args.table} holds no row of PGD on a defense without masking")
     same = ("eps", "images", "split", "norm", "steps")  # as the last row: one attack, one picture
     rows = [row for row in rows if all(row.get(name) == rows[-1].get(name) for name in same)]
     points = points_of_comparison(rows) if "one_shot" in rows[0] else points_of_attack(rows)
