@@ -111,9 +111,11 @@ def main():
     points = {name: points[name] for name in SHOWN if name in points} or points
     if len(points) > len(STYLES):
         points = dict(list(points.items())[:len(STYLES)])
-    first = rows[0]
-    title = (f"{first['images']} {first['split']} images, PGD-{rows[-1]['steps']}, eps "
-             f"{255 * float(rows[-1]['eps']):.3g}/255")
+    last, seeds = rows[-1], len({row.get("seed") for row in rows})
+    eot = max(int(row.get("eot", 1)) for row in rows)
+    title = (f"{last['images']} {last['split']} images, PGD-{last['steps']} with EOT {eot} at "
+             f"{255 * float(last['eps']):.3g}/255, " + ("one seed" if seeds == 1 else
+                                                        f"mean ± deviation of {seeds} seeds"))
     draw(args.out or args.table.with_name("tradeoff.png"), points, title)
 
 
