@@ -8,6 +8,7 @@ import torch
 from attack import accuracy, check_adversarial
 from model import De3, add_noise
 from studies import audit
+from support import runs
 from tests.helpers import (Linear, assert_near, assert_refused, digits_names, digits_runs,
                            linear_on_digits, random_images, run, seeded)
 
@@ -75,6 +76,17 @@ class TestAudit(unittest.TestCase):
 
     def test_honest(self):
         self.assertEqual(self.suspicious(De3), [])
+
+    def test_honest_de3(self):
+        """Noise, autoencoder and classifier as the stages make them."""
+        folder, pretrained, finetuned = digits_runs()
+        autoencoder, _ = runs.load_finished(pretrained.wrote()[0].parent, "autoencoder")
+        classifier, _ = runs.load_finished(finetuned.wrote()[0].parent, "classifier")
+        _, (images, labels) = linear_on_digits()
+        with self.short_search():
+            checks = seeded(lambda: audit.audit(De3(autoencoder, classifier, 50), images[:25],
+                                                labels[:25], 16 / 255, 2, 1, 2, 400))
+        self.assertEqual([name for name, figures, holds in checks if not holds], [])
 
     def test_quantizes(self):
         found = self.suspicious(Quantizes)
