@@ -8,7 +8,7 @@
 
 Order: augment, mix (or attack: PGD through the defense, one draw a step), noise, denoise without
 gradients, clamp, classify. Writes checkpoint.pt and log.csv after every epoch into a folder inside
-that of the autoencoder it starts from. Next: defend.py, attack.py.
+that of the autoencoder it starts from; from scratch, beside it. Next: defend.py, attack.py.
 """
 
 import torch

@@ -136,7 +136,7 @@ class Attention(nn.Module):
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each [B, heads, L, D/heads]
         if x.is_cuda:
             x = F.scaled_dot_product_attention(q, k, v)
-        else:  # the same by hand: on a CPU the fused kernel's backward is slower
+        else:  # the same by hand: on a CPU the fused kernel's backward is slow in bfloat16
             scale = (D // self.num_heads) ** -0.5
             scores = (q * scale) @ k.transpose(-2, -1)  # [B, heads, L, L]
             x = scores.softmax(-1) @ v

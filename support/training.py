@@ -215,7 +215,10 @@ def write_log_row(path, row):
     rows = []
     if path.exists():
         with open(path, newline="") as file:
-            rows = [old for old in csv.DictReader(file) if int(old["epoch"]) < row["epoch"]]
+            table = csv.DictReader(file)
+            if table.fieldnames != list(LOG_FIELDS):
+                raise UserError(f"{path} is not a log of this code: move it away, then --resume")
+            rows = [old for old in table if int(old["epoch"]) < row["epoch"]]
     text = io.StringIO(newline="")
     table = csv.DictWriter(text, LOG_FIELDS)
     table.writeheader()

@@ -101,7 +101,14 @@ class TestTraining(unittest.TestCase):
                 with contextlib.redirect_stdout(io.StringIO()) as out:
                     self.assertTrue(cli.training_precision(True, cpu, "tiny"))
                 self.assertEqual("slower than float32" in out.getvalue(), not faster)
-        self.assertIn(cli.bf16_is_faster(), (True, False))
+
+    def test_bf16_is_timed(self):
+        """Faster means clearly faster: under 0.8 of float32's time."""
+        for bf16_ends, faster in ((1.5, True), (1.9, False), (3.0, False)):
+            cli.bf16_is_faster.cache_clear()
+            with mock.patch("time.perf_counter", side_effect=[0.0, 1.0, 1.0, bf16_ends]):
+                self.assertEqual(cli.bf16_is_faster(), faster)
+        cli.bf16_is_faster.cache_clear()
 
 
 class Terminal(io.StringIO):
