@@ -154,7 +154,7 @@ def main():
               f"bound from {args.n}, 99.9% confidence, seed {args.seed}\n")
         print_table(rows, de3, args.n, own_images[0][0].shape)
         folder = runs.data_folder(args.runs, args.data) / run
-        if folder.is_file():  # published weights
+        if folder.is_file() or run.startswith(".."):  # published or shipped weights
             folder = runs.data_folder(args.runs, args.data) / folder.stem
         save_table(folder / f"certify_sigma{de3.sigma}.csv", rows)
 

@@ -1,7 +1,7 @@
 """The comparison the paper makes: every defense of a table under the same attacks, read three ways.
 
-    python -m studies.compare --seeds 0 1 2 --images 100            the digits
-    python -m studies.compare --data FOLDER --images 300 --eps 4/255 --l2 0.5
+    python -m studies.compare --seeds 0 1 2            the digits, eps 16/255, 100 images
+    python -m studies.compare --data FOLDER            small color images, eps 4/255, 300 images
 
 Names the models that are missing, with the commands that make them. Each cell is measured once and
 kept in RUNS/<data>/compare.csv; what stands there for the same weights and settings is not measured
@@ -26,7 +26,7 @@ import torch
 
 from attack import accuracy, pgd
 from model import De3, UserError
-from studies.tables import TABLES, folders, missing_commands
+from studies.tables import folders, missing_commands, table_of
 from support import cli, data, evaluation, runs, training, weights
 
 TRIES, KNOWN_NOISES = 10, 3
@@ -150,28 +150,30 @@ def arguments():
     add = parser.add_argument
     add("--seeds", nargs="+", type=cli.number(int), default=[0], help="of the trainings, default 0")
     add("--split", choices=["train", "val", "test"], default="test", help="default test")
-    add("--images", type=cli.count, default=100, help="how many, evenly spread; default 100")
-    add("--eps", type=cli.eps, default=16 / 255, help="radius in L∞, default 16/255")
-    add("--l2", type=cli.number(float), default=1.0, help="radius in L2, default 1; 0 leaves it out")
+    add("--images", type=cli.count, help="how many, evenly spread; default: as the table says")
+    add("--eps", type=cli.eps, help="radius in L∞, default: as the table says, 16/255 for the digits")
+    add("--l2", type=cli.number(float), help="radius in L2, default: as the table says; 0 leaves it out")
     add("--steps", type=cli.count, default=20, help="of PGD, default 20")
     add("--eot", type=cli.count, default=8, help="draws in each gradient, default 8")
     args = parser.parse_args()
     args.size = args.size or data.defaults(args.data)["size"]
     args.autoencoder = None  # each classifier's own
-    return args
+    table = table_of(args.data)
+    for name in ("images", "eps", "l2"):
+        if getattr(args, name) is None:
+            setattr(args, name, getattr(table, name))
+    return args, table.entries
 
 
 def main():
-    args = arguments()
+    args, entries = arguments()
     device = cli.open_device(args.device)
-    if args.data not in TABLES:
-        raise UserError(f"there is no table of {args.data}: add one to TABLES in studies/tables.py")
-    missing = missing_commands(TABLES[args.data], args, args.seeds)
+    missing = missing_commands(entries, args, args.seeds)
     if missing:
         raise UserError("models are missing; make them with: " + " && ".join(missing))
     path = runs.data_folder(args.runs, args.data) / "compare.csv"
     measured, rows, progress = read_rows(path), [], cli.Progress()
-    for entry in TABLES[args.data]:
+    for entry in entries:
         for seed in args.seeds:
             _, folder = folders(entry, args, seed)
             classifier, checkpoint = weights.load_model(folder, "classifier", device, args)

@@ -2,10 +2,12 @@
 
     python -m studies.plot                                        RUNS/digits/compare.csv
     python -m studies.plot --table runs/digits/attack.csv --out tradeoff.png
+    python -m studies.plot --table runs/cifar10/compare.csv --against-clean
 
 Two panels, a curve for each defense with the spread over its seeds; what has no sigma is a level line,
-masking is left out.
-Robust is L∞ PGD with EOT, one shot. Needs matplotlib (pip install matplotlib).
+masking is left out. Robust is L∞ PGD with EOT, one shot. --against-clean draws robust over clean
+accuracy, sigma along each curve: at the left one shot, at the right the worst of the three readings of
+the comparison. Needs matplotlib (pip install matplotlib).
 """
 
 import argparse
@@ -20,15 +22,19 @@ from support import cli, runs
 SHOWN = ("undefended", "adversarial training 16/255", "adversarial training 4/255", "noise only", "De³",
          "De³, the paper's Γ(25, 3), U(0, 30)", "De³, fine-tuned on U(0, 60)",
          "De³, fine-tuned on U(50, 150)")  # at most six of them in one table
+READINGS = ("one_shot", "ten_tries", "noise_known")
 STYLES = [("#000000", "-", "o"), ("#0072b2", "--", "s"), ("#d55e00", "-", "^"), ("#009e73", "-.", "D"),
           ("#cc79a7", ":", "v"), ("#56b4e9", "--", "*")]  # Okabe and Ito's colors
 
 
-def points_of_comparison(rows):
-    """{name: {level: [(clean, robust), one for each seed]}} from compare.csv."""
+def points_of_comparison(rows, readings=("one_shot",)):
+    """{name: {level: [(clean, robust), one for each seed]}} from compare.csv.
+
+    Robust accuracy is the lowest of these readings.
+    """
     points = {}
     for row in rows:
-        values = float(row["clean"]), float(row["one_shot"])
+        values = float(row["clean"]), min(float(row[name]) for name in readings if row[name])
         points.setdefault(row["defense"], {}).setdefault(row["level"], []).append(values)
     return points
 
@@ -44,18 +50,55 @@ def points_of_attack(rows):
     return points
 
 
-def draw(path, points, title):
-    """Two panels over sigma, labels at the right end of the curves of the right panel."""
+def new_figure(height):
+    """A matplotlib figure of two panels that share their vertical axis."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
         raise UserError("the plot needs matplotlib: pip install matplotlib") from None
+    figure = Figure(figsize=(11, height), layout="constrained")
+    return figure, figure.subplots(1, 2, sharey=True)
+
+
+def save(figure, path, title):
+    """Write the figure as a PNG with this title."""
+    figure.suptitle(title, fontsize=12)
+    runs.write_whole(Path(path), lambda file: figure.savefig(file, dpi=110, bbox_inches="tight"))
+    print(f"wrote {path}")
+
+
+def draw_against_clean(path, points_of_panels, title):
+    """Robust over clean accuracy, a curve for each defense; sigma stands beside its points."""
+    figure, panels = new_figure(height=6)
+    whats = "one shot, PGD with EOT", "the worst of one shot, ten tries, noise known"
+    for panel, points, what in zip(panels, points_of_panels, whats):
+        for (name, levels), (color, line, marker) in zip(points.items(), STYLES):
+            x = [mean(clean for clean, _ in values) for values in levels.values()]
+            y = [mean(robust for _, robust in values) for values in levels.values()]
+            panel.plot(x, y, color=color, linestyle=line, linewidth=2, marker=marker, markersize=8,
+                       label=name)
+            for level, clean, robust in zip(levels, x, y):
+                if level != "off":
+                    panel.annotate(level.removeprefix("σ = "), (clean, robust), xytext=(7, 5),
+                                   textcoords="offset points", color=color, fontsize=11)
+        panel.set_title(what, fontsize=13)
+        panel.set_xlabel("clean accuracy (%)", fontsize=12)
+        panel.tick_params(labelsize=11)
+        panel.margins(0.09)
+        panel.grid(alpha=0.3)
+    panels[0].set_ylabel("accuracy under attack (%)", fontsize=12)
+    handles, names = panels[0].get_legend_handles_labels()
+    figure.legend(handles, names, loc="outside lower center", ncols=2, fontsize=12)
+    save(figure, path, title + "; numbers at the points: σ")
+
+
+def draw(path, points, title):
+    """Two panels over sigma, labels at the right end of the curves of the right panel."""
     sigmas = sorted({float(level[4:]) for levels in points.values() for level in levels
                      if level.startswith("σ")})
     if len(sigmas) < 2:
         raise UserError("the table holds fewer than two sigmas: test more, with --sigma")
-    figure = Figure(figsize=(11, 4.6), layout="constrained")
-    panels = figure.subplots(1, 2, sharey=True)
+    figure, panels = new_figure(height=4.6)
     ends = []
     for (name, levels), (color, line, marker) in zip(points.items(), STYLES):
         found = {float(level[4:]): values for level, values in levels.items() if level.startswith("σ")}
@@ -83,9 +126,13 @@ def draw(path, points, title):
         lowest = max(y, lowest + 7)
         panels[1].annotate(name, (1.02, (lowest + 4) / 108), xycoords="axes fraction", color=color,
                            fontsize=12, va="center", annotation_clip=False)
-    figure.suptitle(title, fontsize=12)
-    runs.write_whole(Path(path), lambda file: figure.savefig(file, dpi=110, bbox_inches="tight"))
-    print(f"wrote {path}")
+    save(figure, path, title)
+
+
+def shown(points):
+    """Those of a table's defenses that are drawn: at most six."""
+    chosen = {name: points[name] for name in SHOWN if name in points} or points
+    return dict(list(chosen.items())[:len(STYLES)])
 
 
 def main():
@@ -93,6 +140,7 @@ def main():
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--table", type=Path, default=Path("runs/digits/compare.csv"),
                         help="compare.csv or attack.csv; default runs/digits/compare.csv")
+    parser.add_argument("--against-clean", action="store_true", help="robust over clean accuracy")
     parser.add_argument("--out", type=Path, help="default: tradeoff.png beside the table")
     args = parser.parse_args()
     if not args.table.exists():
@@ -107,16 +155,24 @@ def main():
         raise UserError(f"{args.table} holds no row of PGD on a defense without masking")
     same = ("eps", "images", "split", "norm", "steps")  # as the last row: one attack, one picture
     rows = [row for row in rows if all(row.get(name) == rows[-1].get(name) for name in same)]
-    points = points_of_comparison(rows) if "one_shot" in rows[0] else points_of_attack(rows)
-    points = {name: points[name] for name in SHOWN if name in points} or points
-    if len(points) > len(STYLES):
-        points = dict(list(points.items())[:len(STYLES)])
     last, seeds = rows[-1], len({row.get("seed") for row in rows})
     eot = max(int(row.get("eot", 1)) for row in rows)
     title = (f"{last['images']} {last['split']} images, PGD-{last['steps']} with EOT {eot} at "
-             f"{255 * float(last['eps']):.3g}/255, " + ("one seed" if seeds == 1 else
-                                                        f"mean ± deviation of {seeds} seeds"))
-    draw(args.out or args.table.with_name("tradeoff.png"), points, title)
+             f"{255 * float(last['eps']):.3g}/255, ")
+    if seeds == 1:
+        title += "one seed"
+    else:
+        title += f"mean of {seeds} seeds" if args.against_clean else f"mean ± deviation of {seeds} seeds"
+    path, from_comparison = args.out or args.table.with_name("tradeoff.png"), "one_shot" in rows[0]
+    if args.against_clean and not from_comparison:
+        raise UserError("--against-clean needs the three readings: give it a compare.csv")
+    if args.against_clean:
+        panels = [("one_shot",), READINGS]
+        draw_against_clean(path, [shown(points_of_comparison(rows, names)) for names in panels], title)
+    elif from_comparison:
+        draw(path, shown(points_of_comparison(rows)), title)
+    else:
+        draw(path, shown(points_of_attack(rows)), title)
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
 import shlex
 from typing import NamedTuple
 
-from model import NoiseScale
+from model import NoiseScale, UserError
 from support import cli, data, runs
 
 
@@ -16,10 +16,22 @@ class Entry(NamedTuple):
     mask_ratios: tuple = (None,)
 
 
+class Table(NamedTuple):
+    """The defenses of a data set, and what they are tested on unless the command line says otherwise.
+
+    images: how many. eps: radius of the attack in L∞. l2: its smaller radius in L2, 0 for none.
+    """
+    entries: list
+    images: int
+    eps: float
+    l2: float
+
+
 DIGITS = {"sigma": "gamma:10,12"}
+COLOR = {"sigma": "gamma:10,8"}
 MIM = {"task": "mim"}
 TABLES = {
-    "digits": [
+    "digits": Table([
         Entry("undefended", DIGITS, {"mode": "clean"}),
         Entry("adversarial training 16/255", DIGITS, {"mode": "clean", "adversarial": "16/255"}),
         Entry("noise only", DIGITS, {"mode": "no-denoise", "sigma": "uniform:100,400"}, (100, 200)),
@@ -30,8 +42,27 @@ TABLES = {
               {"mode": "de3", "sigma": "uniform:0,30"}, (0, 100, 200)),
         Entry("MIM, whole output", MIM, {"mode": "de3"}, mask_ratios=(0.5, 0.75)),
         Entry("MIM, visible kept", MIM, {"mode": "de3", "keep-visible": True}, mask_ratios=(0.5, 0.75)),
-    ],
+    ], images=100, eps=16 / 255, l2=1.0),
+    "cifar10": Table([
+        Entry("undefended", COLOR, {"mode": "clean"}),
+        Entry("De³, fine-tuned on U(0, 60)", COLOR, {"mode": "de3", "sigma": "uniform:0,60"},
+              (0, 50, 100)),
+        Entry("adversarial training 4/255", COLOR, {"mode": "clean", "adversarial": "4/255"}),
+        Entry("MIM, whole output", MIM, {"mode": "de3"}, mask_ratios=(0.5, 0.75)),
+        Entry("De³, fine-tuned on U(50, 150)", COLOR, {"mode": "de3", "sigma": "uniform:50,150"},
+              (0, 50, 100)),
+        Entry("noise only", COLOR, {"mode": "no-denoise", "sigma": "uniform:50,150"}, (50, 100)),
+    ], images=300, eps=4 / 255, l2=0),
 }
+
+
+def table_of(name):
+    """The table for --data `name`; a folder of small images has that of cifar10."""
+    if name in TABLES:
+        return TABLES[name]
+    if data.defaults(name) == data.defaults("cifar10"):
+        return TABLES["cifar10"]
+    raise UserError(f"there is no table of {name}: add one to TABLES in studies/tables.py")
 
 
 def flag_words(flags):
@@ -57,10 +88,10 @@ def folders(entry, args, seed):
     return autoencoder, classifier
 
 
-def missing_commands(table, args, seeds):
+def missing_commands(entries, args, seeds):
     """The commands that make the models which are not there, each once, in the order to run them."""
     commands = []
-    for entry in table:
+    for entry in entries:
         for seed in seeds:
             autoencoder, classifier = folders(entry, args, seed)
             common = {name: value for name, value, default in [

@@ -107,6 +107,11 @@ def load_defenses(args, device, votes=1):
     Returns a list of NamedDefense on the device, and the last classifier's checkpoint.
     """
     root, named = runs.data_folder(args.runs, args.data), []
+    assets = None if args.classifier else runs.shipped(args)
+    if assets is not None:
+        args = assets
+        print(f"no model of your own in {root}: using the weights that come along, "
+              f"{runs.data_folder(args.runs, args.data)}")
     for folder in args.classifier or runs.default_classifier_folders(args):
         mode_of_file = "de3" if args.autoencoder else "clean"
         classifier, checkpoint = weights.load_model(folder, "classifier", device, args, mode_of_file)

@@ -26,6 +26,8 @@ from support import data
 from support.cli import rank
 
 
+ASSETS = Path(__file__).parents[1] / "assets"
+
 # ------------------------------------------------------------------------------ names of folders
 
 def data_folder(runs, name):
@@ -90,6 +92,16 @@ def default_classifier_folders(args):
     parent = autoencoder_folder(args)
     return [classifier_folder(parent, args.seed, "clean"),
             classifier_folder(parent, args.seed, "de3", data.defaults(args.data)["finetune_sigma"])]
+
+
+def shipped(args):
+    """The flags `args` with --runs at the weights that come along, in assets/, or None.
+
+    None where the default autoencoder of these flags is no shipped one, or one's own is there.
+    """
+    assets = argparse.Namespace(**{**vars(args), "runs": os.path.relpath(ASSETS)})
+    own, theirs = (autoencoder_folder(flags) / "checkpoint.pt" for flags in (args, assets))
+    return assets if theirs.exists() and not own.exists() else None
 
 
 def stage_command(stage, args):

@@ -174,7 +174,7 @@ def run(script, *arguments):
     """A stage or study in this process, on the CPU: python SCRIPT.py ARGUMENTS."""
     out, err, code = io.StringIO(), io.StringIO(), 0
     argv = [f"{script}.py", *map(str, arguments)]
-    if "--device" not in argv and script != "studies.plot":
+    if "--device" not in argv and script not in ("studies.plot", "studies.ship"):
         argv += ["--device", "cpu"]
     with contextlib.ExitStack() as stack:
         stack.enter_context(mock.patch("sys.argv", argv))

@@ -33,7 +33,8 @@ class TestCompare(unittest.TestCase):
         table = [tables.Entry("undefended", nim, {"mode": "clean"}),
                  tables.Entry("De³", nim, {"mode": "de3", "sigma": "uniform:0,30"}, (0, 40)),
                  tables.Entry("MIM", mim, {"mode": "de3", "keep-visible": True}, mask_ratios=(0.5,))]
-        patch = mock.patch.dict(compare.TABLES, {str(photos()): table})
+        table = tables.Table(table, images=6, eps=16 / 255, l2=1.0)
+        patch = mock.patch.dict(tables.TABLES, {str(photos()): table})
         patch.start()
         self.addCleanup(patch.stop)
 
@@ -41,7 +42,7 @@ class TestCompare(unittest.TestCase):
         """The commands it names make what it misses; what it measured once is not measured again."""
         self.small_table()
         folder = new_folder() / "my runs"
-        flags = (*photo_flags(folder), "--images", 6, "--steps", 1, "--eot", 2)
+        flags = (*photo_flags(folder), "--steps", 1, "--eot", 2)
         refused = run("studies.compare", *flags)
         assert_refused(refused, "models are missing")
         commands = [shlex.split(words) for words in refused.err.partition("with: ")[2].split("&&")]
@@ -62,6 +63,17 @@ class TestCompare(unittest.TestCase):
         with mock.patch.object(compare, "measure", side_effect=AssertionError):
             again = finished(run("studies.compare", *flags))
         self.assertEqual(again.out.partition("\n6 test")[2], result.out.partition("\n6 test")[2])
+
+    def test_color(self):
+        """A folder of small images has the table of cifar10; its own flags can be changed."""
+        folder = new_folder()
+        refused = run("studies.compare", "--data", photos(), "--runs", folder)
+        assert_refused(refused, ("pretrain.py --sigma gamma:10,8", "--adversarial 4/255",
+                                 "--mode de3 --sigma uniform:50,150", "--mode no-denoise"))
+        self.assertEqual(refused.err.count("python "), 2 + 6)
+        with mock.patch("sys.argv", ["compare.py", "--data", "cifar10", "--images", "7"]):
+            args, _ = compare.arguments()
+        self.assertEqual((args.images, args.eps, args.l2), (7, 4 / 255, 0))
 
     def fake(self, name, module, function):
         """Replace a function while the test lasts."""
@@ -93,7 +105,7 @@ class TestCompare(unittest.TestCase):
         folder = self.without_models()
         with mock.patch.object(compare, "measure", side_effect=self.measured) as calls:
             result = finished(run("studies.compare", "--seeds", 0, 1, "--runs", folder))
-        levels = sum(len(entry.sigmas) * len(entry.mask_ratios) for entry in compare.TABLES["digits"])
+        levels = sum(len(entry.sigmas) * len(entry.mask_ratios) for entry in tables.TABLES["digits"].entries)
         self.assertEqual(calls.call_count, 2 * levels)
         for level in ("undefended +off", "De³ +σ = 100", "MIM, whole output +mask 0.5"):
             figures = "90.5 ± 0.7 +41.0 ± 1.4 +41.0 ± 1.4 +- +- +51.0 ± 1.4 "
@@ -125,7 +137,7 @@ class TestCompare(unittest.TestCase):
 
     def test_refuses(self):
         folder = self.without_models()
-        assert_refused(run("studies.compare", *photo_flags(folder)), "there is no table of")
+        assert_refused(run("studies.compare", *photo_flags(folder, new_folder())), "there is no table of")
         (folder / "digits").mkdir(parents=True)
         (folder / "digits/compare.csv").write_text("a,b\n1,2\n")
         assert_refused(run("studies.compare", "--runs", folder), "compare.csv is not a table")
@@ -188,6 +200,9 @@ class TestPlot(unittest.TestCase):
         rows = [dict(defense="De³", level="σ = 100", seed=seed, clean="90", one_shot=value)
                 for seed, value in (("0", "40"), ("1", "50"))]
         self.assertEqual(plot.points_of_comparison(rows), {"De³": {"σ = 100": [(90, 40), (90, 50)]}})
+        rows = [{**row, "ten_tries": "20", "noise_known": ""} for row in rows]
+        self.assertEqual(plot.points_of_comparison(rows, plot.READINGS),
+                         {"De³": {"σ = 100": [(90, 20), (90, 20)]}})
 
     def save(self, rows):
         """The rows as a table; its path."""
@@ -201,7 +216,8 @@ class TestPlot(unittest.TestCase):
     @unittest.skipUnless(importlib.util.find_spec("matplotlib"), "matplotlib is not installed")
     def test_script(self):
         comparison = [dict(defense=name, level=level, seed=seed, images="100", split="test",
-                           eps="0.06", steps="20", eot="8", clean="90", one_shot=seed + "5")
+                           eps="0.06", steps="20", eot="8", clean="90", one_shot=seed + "5",
+                           ten_tries=seed + "3", noise_known="")
                       for seed in "12" for name, level in (
                           ("undefended", "off"), ("De³", "σ = 0"), ("De³", "σ = 100"))]
         for rows in (self.ATTACK, comparison):
@@ -210,6 +226,10 @@ class TestPlot(unittest.TestCase):
             assert_picture(path.with_name("tradeoff.png"))
         finished(run("studies.plot", "--table", path, "--out", path.with_name("other.png")))
         assert_picture(path.with_name("other.png"))
+        finished(run("studies.plot", "--table", path, "--against-clean"))
+        assert_picture(path.with_name("tradeoff.png"))
+        refused = run("studies.plot", "--table", self.save(self.ATTACK), "--against-clean")
+        assert_refused(refused, "give it a compare.csv")
 
     def test_refuses(self):
         folder = new_folder()

@@ -1,0 +1,59 @@
+"""Weights that come along: half-precision copies, and the stages that fall back on them."""
+
+import unittest
+from pathlib import Path
+from unittest import mock
+
+import torch
+
+from support import runs
+from tests.helpers import (assert_near, assert_refused, digits_runs, finished, new_folder, photos,
+                           read_csv, run)
+
+
+class TestShip(unittest.TestCase):
+    @classmethod
+    def setUpClass(cls):
+        own, _, finetuned = digits_runs()
+        cls.own, cls.classifiers = own, [path.parent for path in finetuned.wrote()]
+        cls.assets = new_folder()
+        cls.shipped = finished(run("studies.ship", "--out", cls.assets / "digits", "--classifier",
+                                   *cls.classifiers)).wrote()
+
+    def test_copies(self):
+        """Half the bytes, rounded weights, the autoencoder's new fingerprint, no folder of a machine."""
+        self.assertEqual(len(self.shipped), 3)
+        copied, _ = runs.load_finished(self.shipped[0].parent, "autoencoder")
+        trained, _ = runs.load_finished(self.classifiers[0].parent, "autoencoder")
+        for name, value in trained.state_dict().items():
+            assert_near(copied.state_dict()[name], value, atol=1e-6, rtol=1e-3)
+        self.assertNotEqual(runs.fingerprint(copied), runs.fingerprint(trained))
+        for path in self.shipped:
+            original = self.own / "digits" / path.relative_to(self.assets / "digits")
+            self.assertLess(path.stat().st_size, original.stat().st_size / 4)  # it held AdamW's too
+            checkpoint = torch.load(path, weights_only=True)
+            self.assertNotIn("optimizer", checkpoint)
+            self.assertNotIn(str(self.own), str({**checkpoint, "model": None}))
+        self.assertEqual(torch.load(self.shipped[1])["settings"]["autoencoder"], runs.fingerprint(copied))
+
+    def test_stages(self):
+        """Without a run of one's own they are used, in one line; the accuracies stay."""
+        flags = ("--images", 60, "--steps", 2, "--eot", 2, "--attack", "pgd")
+        finished(run("attack", "--runs", self.own, *flags))
+        trained = read_csv(self.own / "digits/attack.csv")[-2:]
+        elsewhere = new_folder()
+        with mock.patch.object(runs, "ASSETS", self.assets):
+            result = finished(run("attack", "--runs", elsewhere, *flags))
+            self.assertEqual(result.out.count("weights that come along"), 1)
+            self.assertNotIn("come along", finished(run("attack", "--runs", self.own, *flags)).out)
+            photo = next(photos().glob("val/*/*"))
+            labelled = finished(run("defend", photo, "--runs", elsewhere))
+            self.assertIn(f"{photo}", labelled.out)
+            self.assertTrue(list(Path(elsewhere).glob("digits/purified/*.png")))
+            before = set(self.assets.rglob("*"))
+            finished(run("studies.certify", "--runs", elsewhere, "--images", 2, "--n", 10))
+            self.assertEqual(set(self.assets.rglob("*")), before)
+            assert_refused(run("attack", "--runs", elsewhere, "--seed", 5, *flags), "is missing")
+        for row, old in zip(read_csv(elsewhere / "digits/attack.csv")[-2:], trained):
+            self.assertEqual(row["defense"], old["defense"])
+            self.assertAlmostEqual(float(row["clean_accuracy"]), float(old["clean_accuracy"]), delta=5)
