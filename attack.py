@@ -12,6 +12,7 @@ attack can be believed: python -m studies.audit.
 """
 
 import time
+import warnings
 
 import torch
 import torch.nn.functional as F
@@ -36,6 +37,9 @@ def objective(logits, labels, targets, loss):
 
     With targets [B] it is the loss of the target class, negated: the attack moves towards it.
     """
+    if not (labels if targets is None else targets).max() < logits.shape[1]:
+        raise UserError(f"labels must be below {logits.shape[1]}, the number of the model's classes")
+
     def loss_of(classes):
         if loss == "margin":
             return margin(logits, classes)
@@ -64,8 +68,12 @@ def input_gradient(model, current, labels, targets, loss, eot, max_batch=None):
             total += torch.autograd.grad(gain.sum(), x)[0]  # of x: the sum over its copies
         margin_of_draws = objective(logits.detach(), repeated_labels, repeated_targets, "margin")
         margins += margin_of_draws.view(draws, -1).sum(0)
-    if not total.isfinite().all():
+    largest = total.abs().max()
+    if not largest.isfinite():
         raise UserError("the model's gradient with respect to its input is not finite")
+    if largest == 0:
+        warnings.warn("the gradient is zero in every pixel of every image: the model masks it, and PGD "
+                      "does not attack it", stacklevel=3)
     return total / eot, margins / eot
 
 
@@ -121,9 +129,16 @@ def pgd(model, images, labels, eps, steps, step_size=None, norm="linf", random_s
     early_stop: leave an image as it is once it fools the model. Only for deterministic models: on a
         random one it stops at lucky draws.
     max_batch: draws of EOT run together up to so many images; None: one draw at a time.
-    Raises UserError for images that are not floats in [0, 1] and for settings out of range.
+    Raises UserError for images that are not floats in [0, 1], labels that do not fit, and settings out
+    of range. Warns where the gradient is zero everywhere: that is masking.
     """
     check_images(images)
+    if images.dtype not in (torch.float32, torch.float64):  # coarser ones round out of the ball
+        raise UserError(f"images must be float32 or float64, not {images.dtype}")
+    for classes in (labels,) if targets is None else (labels, targets):
+        if classes.dtype != torch.long or classes.shape != (len(images),) or (classes < 0).any():
+            raise UserError(f"labels and targets must be one class number (long) for each of the "
+                            f"{len(images)} images")
     if norm not in ("linf", "l2") or loss not in ("ce", "margin"):
         raise UserError(f"norm must be linf or l2, loss ce or margin, not {norm!r} and {loss!r}")
     if not 0 <= eps < float("inf") or (norm == "linf" and eps > 1):
@@ -136,6 +151,8 @@ def pgd(model, images, labels, eps, steps, step_size=None, norm="linf", random_s
         x = random_point(images, eps, norm) if random_start else images.clone()
         active = torch.arange(len(images), device=images.device)  # the images still attacked
         for _ in range(steps):
+            if not len(active):
+                break
             active_targets = None if targets is None else targets[active]
             gradient, margins = input_gradient(model, x[active], labels[active], active_targets, loss,
                                                eot, max_batch)
@@ -200,7 +217,7 @@ def arguments():
     add = parser.add_argument
     add("--attack", nargs="+", choices=["fgsm", "pgd", "pgd+eot"], default=["fgsm", "pgd", "pgd+eot"],
         help="default: all three")
-    add("--eps", nargs="+", type=cli.eps, default=[8 / 255, 16 / 255], help="default 8/255 16/255")
+    add("--eps", nargs="+", type=cli.eps, help="default 8/255 16/255, color 4/255 8/255; none for l2")
     add("--norm", choices=["linf", "l2"], default="linf", help="default linf")
     add("--steps", type=cli.count, default=20, help="of pgd, default 20")
     add("--step-size", type=cli.eps, help="of pgd, as 2/255; default 2.5 eps/steps")
@@ -210,9 +227,15 @@ def arguments():
     add("--save", metavar="FILE.npz", help="keep what a run of one row found, image by image")
     add("--threat", choices=["white", "gray"], default="white", help="gray: the classifier alone")
     args = parser.parse_args()
-    args.size = args.size or data.defaults(args.data)["size"]
+    data.set_size(args)
+    if args.eps is None and args.norm == "l2":
+        raise UserError("--norm l2 needs --eps, a length over all pixels: 1 or 2, say")
+    if args.eps is None:
+        args.eps = [4 / 255, 8 / 255] if args.data != "digits" else [8 / 255, 16 / 255]
     if args.norm == "linf" and max(args.eps) > 1:
         raise UserError(f"--eps {max(args.eps):g} is more than the range of the pixels, 1; write 8/255")
+    if "pgd+eot" not in args.attack:
+        cli.refuse_unused(args, parser, ["eot"], "without --attack pgd+eot")
     return args
 
 

@@ -3,7 +3,7 @@
     python defend.py                          accuracy and PSNR over sigma, and defend.png
     python defend.py --sigma 0 25 50 75 100 --votes 5
     python defend.py photo.jpg another.png    label and confidence with and without the defense;
-                                              purified images go to RUNS/<data>/purified/
+                                              purified images go to RUNS/<data>/purified/<run>/
 
 defend.png shows a few test images, under PGD without the defense and under PGD with EOT through De³,
 with De³'s noise, and denoised. Under each stands the answer, at the left who gives it; wrong answers
@@ -18,7 +18,7 @@ import torch
 from torchvision.utils import save_image
 
 from attack import pgd
-from model import De3, UserError, add_noise
+from model import De3, add_noise
 from support import cli, data, evaluation, pictures, runs, training
 
 PICTURED = 8  # test images in defend.png
@@ -30,13 +30,14 @@ def arguments():
     add("photos", nargs="*", help="image files to purify and classify; give them before the flags")
     evaluation.evaluation_flags(parser, images=1000)
     add("--votes", type=cli.count, default=1, help="draws that De³ averages, default 1")
-    add("--eps", type=cli.eps, default=16 / 255, help="of the attack in defend.png, 16/255")
+    add("--eps", type=cli.linf_eps, help="of the attack in defend.png, default 16/255 (color 4/255)")
     add("--steps", type=cli.count, default=20, help="of the attack in defend.png, default 20")
     add("--eot", type=cli.count, default=8, help="draws per gradient there, default 8")
     args = parser.parse_args()
-    args.size = args.size or data.defaults(args.data)["size"]
-    if args.eps > 1:
-        raise UserError(f"--eps {args.eps:g} is more than the range of the pixels, 1; write 8/255")
+    data.set_size(args)
+    if args.photos:
+        cli.refuse_unused(args, parser, ["split", "images", "eps", "steps", "eot"], "for photos")
+    args.eps = args.eps or data.defaults(args.data)["eps"]
     return args
 
 
@@ -45,18 +46,19 @@ def purify_photos(args, defenses, checkpoint, device):
     transform = data.eval_transform(checkpoint["config"]["image_size"])
     photos = [(Path(name), transform(data.read_image(name))) for name in args.photos]
     folder, classes = runs.data_folder(args.runs, args.data) / "purified", checkpoint["classes"]
-    folder.mkdir(parents=True, exist_ok=True)
     for number, (path, image) in enumerate(photos):
-        for words, _, _, de3 in defenses:
-            torch.manual_seed(args.seed)
+        for words, run, _, de3 in defenses:
             with torch.no_grad():
+                torch.manual_seed(args.seed)
                 confidence, label = de3(image[None].to(device)).softmax(1)[0].max(0)
+                torch.manual_seed(args.seed)  # the picture shows the draw that was classified
                 purified = de3.purify(image[None].to(device))
             name = classes[label] if classes else label
             print(f"{path}  {words:>12}: {name} ({100 * confidence:.1f}%)")
             if de3.defended:
                 level = de3.level.replace("σ = ", "sigma").replace(" ", "")
-                save_image(purified, folder / f"{number}_{path.stem}_{level}.png")
+                (folder / run).mkdir(parents=True, exist_ok=True)
+                save_image(purified, folder / run / f"{number}_{path.stem}_{level}.png")
     if any(de3.defended for _, _, _, de3 in defenses):
         print(f"wrote purified images to {folder}/")
 

@@ -33,6 +33,7 @@ RECIPES = {  # the paper's from base on; tiny was chosen on the validation image
     "large": {**PAPER, "epochs": 50, "warmup_share": 0.1},
     "huge": {**PAPER, "epochs": 50, "warmup_share": 0.1, "drop_path": 0.2},
 }
+MAX_MASK_RATIO = 0.75
 AUGMENT_FROM = 10_000  # training images: with fewer, the paper's augmentation hinders
 
 
@@ -45,23 +46,23 @@ def arguments():
         "file of published weights; default: the run that pretrain.py makes by default")
     add("--sigma", type=cli.noise_scale, help="noise scale in 8-bit units, one draw per image; "
         "default: the data set's, uniform:0,30 in the paper")
-    add("--max-mask-ratio", type=cli.ratio, default=0.75, help="behind MIM: the ratio is drawn from "
-        "Uniform(0, this); default 0.75")
+    add("--max-mask-ratio", type=cli.ratio, help="behind MIM: the ratio is drawn from "
+        f"Uniform(0, this); default {MAX_MASK_RATIO:g}")
     add("--keep-visible", action="store_true", help="behind MIM: keep unmasked patches as they are")
-    add("--adversarial", type=cli.eps, metavar="EPS", help="adversarial training, linf, as 8/255")
+    add("--adversarial", type=cli.linf_eps, metavar="EPS", help="adversarial training, linf, as 8/255")
     add("--from-scratch", action="store_true", help="random weights instead of the encoder's")
     add("--arch", choices=["vit", "resnet18"], default="vit", help="default vit")
     cli.training_flags(parser, RECIPES)
     args = parser.parse_args()
-    data_defaults = data.defaults(args.data)
-    args.size = args.size or data_defaults["size"]
+    data.set_size(args)
     cli.apply_recipe(args, RECIPES.get(f"{args.size} {args.arch}", RECIPES[args.size]))
-    args.sigma = args.sigma or cli.noise_scale(data_defaults["finetune_sigma"])
+    if args.mode == "clean":
+        cli.refuse_unused(args, parser, ["sigma"], "in --mode clean")
     args.from_scratch = args.from_scratch or args.arch != "vit"
     if args.init and args.from_scratch:
         raise UserError("--init is for the ViT, and not for --from-scratch")
-    if args.keep_visible and args.mode != "de3":
-        raise UserError("--keep-visible is for --mode de3, behind an autoencoder of --task mim")
+    if args.mode != "de3":
+        cli.refuse_unused(args, parser, ["keep_visible", "max_mask_ratio"], "without --mode de3")
     if args.from_scratch:
         args.layer_decay = 1.0  # no layer is pretrained
     return args
@@ -85,24 +86,6 @@ def choose_augmentation(args, train_set, image_size):
     return None, args.adversarial is None, args.label_smoothing
 
 
-def run_of(args, mode, uses_sigma, behind_mim, autoencoder, source):
-    """The folder of a run and the settings that decide its weights, without what its mode ignores."""
-    sigma = args.sigma if uses_sigma else None
-    max_mask_ratio = args.max_mask_ratio if behind_mim else None
-    parent, ignored = runs.data_folder(args.runs, args.data), ["autoencoder", "mode"]
-    if autoencoder is not None:
-        parent = parent / source.stem if source.is_file() else source
-    if not uses_sigma:
-        ignored.append("sigma")
-    if not behind_mim:
-        ignored += ["max_mask_ratio", "keep_visible"]
-    folder = runs.classifier_folder(parent, args.seed, mode, sigma, max_mask_ratio, args.keep_visible,
-                                    args.adversarial, args.arch, args.from_scratch, args.init)
-    settings = cli.training_settings(args, *ignored)
-    settings["autoencoder"] = "" if autoencoder is None else runs.fingerprint(autoencoder)
-    return folder, settings
-
-
 def attack_images(args, defense, images, labels, step, warmup_steps):
     """Adversarial training's images: PGD through the defense; its eps grows during the warm-up.
 
@@ -116,13 +99,13 @@ def attack_images(args, defense, images, labels, step, warmup_steps):
     return pgd(defense, images, labels, eps, args.attack_steps)
 
 
-def print_accuracy(args, mode, defense, heldout, device):
+def print_accuracy(args, mode, defense, max_mask_ratio, heldout, device):
     """Accuracy on held-out images, seen as in training."""
     defense.classifier.eval()
     training.seed_epoch(args.seed, args.epochs)
-    level = "" if mode == "clean" else f" at sigma {args.sigma}"
-    if defense.mask_ratio is not None:
-        defense.mask_ratio = args.max_mask_ratio / 2
+    level = "" if mode == "clean" else f" at sigma {defense.sigma}"
+    if max_mask_ratio is not None:
+        defense.mask_ratio = max_mask_ratio / 2
         level = f" at mask ratio {defense.mask_ratio:g}"
     heldout, hits = data.evenly_spread(heldout, 1000, cli.rank(), cli.process_count()), 0
     for images, labels in data.Loader(heldout, 250, args.workers, device):
@@ -144,10 +127,15 @@ def train(args, mode, device):
         autoencoder, pretraining = weights.load_model(source, "autoencoder", device, args)
         size = pretraining["config"]
         behind_mim = mode == "de3" and pretraining["task"] == "mim"
-    if args.keep_visible and not behind_mim:
-        raise UserError("--keep-visible is for an autoencoder of --task mim")
-    uses_sigma = mode != "clean" and not behind_mim
-    folder, settings = run_of(args, mode, uses_sigma, behind_mim, autoencoder, source)
+    sigma = max_mask_ratio = None
+    if behind_mim:
+        if args.sigma is not None:
+            raise UserError("--sigma changes nothing behind an autoencoder of --task mim: leave it out")
+        max_mask_ratio = MAX_MASK_RATIO if args.max_mask_ratio is None else args.max_mask_ratio
+    elif args.keep_visible or args.max_mask_ratio is not None:
+        raise UserError("--keep-visible and --max-mask-ratio are for an autoencoder of --task mim")
+    elif mode != "clean":
+        sigma = args.sigma or cli.noise_scale(data_defaults["finetune_sigma"])
 
     # the data
     train_set = data.load_dataset(args.data, "train", size["image_size"])
@@ -159,6 +147,8 @@ def train(args, mode, device):
     mix = v2.RandomChoice([v2.MixUp(alpha=0.8, num_classes=num_classes),
                            v2.CutMix(alpha=1.0, num_classes=num_classes)])
     batch, micro_batches, steps = training.plan_batches(args.batch_size, args.max_batch, len(train_set))
+    folder, settings = runs.classifier_run(args, mode, sigma, max_mask_ratio, autoencoder, source,
+                                           micro_batches=micro_batches)
     order = data.TrainingOrder(len(train_set), batch, micro_batches, args.seed, cli.rank(),
                                cli.process_count())
     batches = data.Loader(train_set, order, args.workers, device)
@@ -175,9 +165,8 @@ def train(args, mode, device):
     optimizer = torch.optim.AdamW(
         training.parameter_groups(classifier, args.weight_decay, args.layer_decay),
         betas=(0.9, 0.999), fused=True)
-    defense = De3(autoencoder if mode == "de3" else None, classifier,
-                  args.sigma if uses_sigma else None,
-                  args.max_mask_ratio if behind_mim else None, args.keep_visible)
+    defense = De3(autoencoder if mode == "de3" else None, classifier, sigma, max_mask_ratio,
+                  args.keep_visible)
     if args.dry_run:
         image = torch.zeros(1, 3, size["image_size"], size["image_size"], device=device)
         print(f"{mode}:")
@@ -203,7 +192,7 @@ def train(args, mode, device):
             if augment is not None:
                 images = augment(images)
             if behind_mim:
-                defense.mask_ratio = args.max_mask_ratio * torch.rand(()).item()
+                defense.mask_ratio = max_mask_ratio * torch.rand(()).item()
             if args.adversarial is not None:
                 with cli.autocast(args.bf16, device):
                     images = attack_images(args, defense, images, labels, step, warmup_steps)
@@ -216,12 +205,12 @@ def train(args, mode, device):
                         purified = defense.purify(images)
                     logits = model(purified)
                     loss = F.cross_entropy(logits, targets, label_smoothing=label_smoothing)
-                training.backward(loss, micro_batches, step)
+                (loss / micro_batches).backward()
             if last_micro_batch:
                 lr = training.learning_rate(step, args.epochs * steps, warmup_steps, peak_lr, 1e-6)
                 training.update(optimizer, lr)
-            hits = None if mixed else (logits.argmax(1) == labels).sum().item()
-            log.add(loss.item(), len(images), hits)
+            hits = None if mixed else (logits.argmax(1) == labels).sum()
+            log.add(loss, len(images), hits)
         log.finish(folder, lr)  # before the checkpoint: a row too many is replaced on --resume
         runs.save_checkpoint(path, {
             "kind": "classifier", "config": config, "mode": mode, "settings": settings,
@@ -229,7 +218,7 @@ def train(args, mode, device):
             "model": classifier.state_dict(), "optimizer": optimizer.state_dict(),
             "epoch": epoch + 1, "epochs": args.epochs, **runs.provenance()})
 
-    print_accuracy(args, mode, defense, heldout, device)
+    print_accuracy(args, mode, defense, max_mask_ratio, heldout, device)
     print(f"wrote {path}\n" if first_epoch < args.epochs else "")
 
 
@@ -243,4 +232,4 @@ def main():
 
 
 if __name__ == "__main__":
-    cli.run_script(main)
+    cli.run_script(main, resumable=True)

@@ -85,8 +85,12 @@ def add_noise(images, sigma, noise=None):
     """x + ε·σ/255, not clipped; sigma is a number, or one for each image, [B].
 
     ε ~ N(0, I) is drawn fresh at every call, unless noise, [3, H, W] or [B, 3, H, W], gives it.
+    Raises UserError for a sigma that is negative or not finite.
     """
-    sigma = torch.as_tensor(sigma).to(images).view(-1, 1, 1, 1)
+    sigma = torch.as_tensor(sigma)
+    if not sigma.is_cuda and not ((sigma >= 0) & sigma.isfinite()).all():  # a GPU would have to wait
+        raise UserError(f"sigma must be finite and not negative, not {sigma.tolist()}")
+    sigma = sigma.to(images).view(-1, 1, 1, 1)
     if noise is None:
         noise = torch.randn_like(images)
     return images + noise.to(images) * sigma / 255

@@ -12,7 +12,7 @@ import argparse
 
 import torch
 
-from model import SIZES, Autoencoder, De3, add_noise
+from model import SIZES, Autoencoder, add_noise
 from support import cli, data, pictures, runs, training, weights
 
 PAPER = dict(epochs=800, batch_size=4096, base_lr=1.5e-4, warmup_share=0.05, weight_decay=0.05)
@@ -37,38 +37,16 @@ def arguments():
         help="normalize each target patch; default: only at patches of 14 pixels and more")
     cli.training_flags(parser, RECIPES)
     args = parser.parse_args()
-    data_defaults = data.defaults(args.data)
-    args.size = args.size or data_defaults["size"]
+    data.set_size(args)
     cli.apply_recipe(args, RECIPES[args.size])
-    args.sigma = args.sigma or cli.noise_scale(data_defaults["pretrain_sigma"])
-    args.mask_ratio = MASK_RATIO
+    if args.task == "mim":
+        cli.refuse_unused(args, parser, ["sigma"], "in MIM")
+        args.mask_ratio = MASK_RATIO
+    else:
+        args.sigma = args.sigma or cli.noise_scale(data.defaults(args.data)["pretrain_sigma"])
     if args.norm_pix is None:
         args.norm_pix = runs.norm_pix_by_default(args.size)
     return args
-
-
-def print_psnr(autoencoder, args, heldout, device):
-    """A table: PSNR on held-out images of what goes in and of what comes out, level by level."""
-    nim = args.task == "nim"
-    print("\nsigma  noisy dB  denoised dB" if nim else
-          "\nmask ratio  filled in dB (visible patches kept)")
-    for level in SIGMAS if nim else MASK_RATIOS:
-        defense = De3(autoencoder, None, level) if nim else De3(
-            autoencoder, None, None, mask_ratio=level, keep_visible=True)
-        training.seed_epoch(args.seed, args.epochs)
-        before = after = 0
-        for images, _ in data.Loader(heldout, 250, args.workers, device):
-            with torch.no_grad():
-                if nim:
-                    before += pictures.psnr(add_noise(images, level), images).sum().item()
-                after += pictures.psnr(defense.purify(images), images).sum().item()
-        count, before, after = cli.sum_over_processes(len(heldout), before, after)
-        if nim:
-            print(f"{level:5g}  {before / count:8.2f}  {after / count:11.2f}")
-        else:
-            print(f"{level:10g}  {after / count:12.2f}")
-    if args.norm_pix:
-        print("(--norm-pix: each patch has the mean and sd of the clean image's back)")
 
 
 def main():
@@ -78,7 +56,6 @@ def main():
     nim = args.task == "nim"
     folder = runs.autoencoder_folder(args, args.task, args.sigma if nim else args.mask_ratio,
                                      args.norm_pix, args.init)
-    settings = cli.training_settings(args)
 
     # the data
     data_defaults, size = data.defaults(args.data), SIZES[args.size]
@@ -87,6 +64,7 @@ def main():
     heldout = data.evenly_spread(data.load_dataset(args.data, "val", size["image_size"]), 1000,
                                  cli.rank(), cli.process_count())
     batch, micro_batches, steps = training.plan_batches(args.batch_size, args.max_batch, len(train))
+    settings = cli.training_settings(args, data=data.identity(args.data), micro_batches=micro_batches)
     order = data.TrainingOrder(len(train), batch, micro_batches, args.seed, cli.rank(),
                                cli.process_count())
     batches = data.Loader(train, order, args.workers, device)
@@ -131,19 +109,19 @@ def main():
                         loss = model(images, noisy)
                     else:
                         loss = model(images, mask_ratio=args.mask_ratio)
-                training.backward(loss, micro_batches, step)
+                (loss / micro_batches).backward()
             if last_micro_batch:
                 lr = training.learning_rate(step, args.epochs * steps, args.warmup_epochs * steps,
                                             peak_lr, final=0.0)
                 training.update(optimizer, lr)
-            log.add(loss.item(), len(images))
+            log.add(loss, len(images))
         log.finish(folder, lr)  # before the checkpoint: a row too many is replaced on --resume
         runs.save_checkpoint(path, {
             "kind": "autoencoder", "config": config, "task": args.task, "settings": settings,
             "model": autoencoder.state_dict(), "optimizer": optimizer.state_dict(),
             "epoch": epoch + 1, "epochs": args.epochs, **runs.provenance()})
 
-    print_psnr(autoencoder, args, heldout, device)
+    pictures.print_psnr(autoencoder, args, heldout, SIGMAS if nim else MASK_RATIOS, device)
     if cli.rank() == 0:
         few, _ = next(iter(data.Loader(heldout, 10, device=device)))
         pictures.draw_pretraining(folder / "pretrain.png", autoencoder, few[-1:],
@@ -153,4 +131,4 @@ def main():
 
 
 if __name__ == "__main__":
-    cli.run_script(main)
+    cli.run_script(main, resumable=True)

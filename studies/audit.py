@@ -184,14 +184,15 @@ def arguments():
     parser = cli.stage_parser(__doc__)
     evaluation.evaluation_flags(parser, images=120)
     add = parser.add_argument
-    add("--eps", type=cli.eps, default=16 / 255, help="radius in L∞, default 16/255")
+    add("--eps", type=cli.linf_eps, help="radius in L∞, default 16/255 (color 4/255)")
     add("--steps", type=cli.count, default=20, help="of PGD, default 20")
     add("--eot", type=cli.count, default=8, help="draws in each gradient, default 8")
     add("--draws", type=cli.count, default=5, help="fresh draws that score the defense, default 5")
     add("--transfer", nargs="+", type=cli.run_path, metavar="RUN", help="classifiers whose adversarial "
         "images are tried; default: finetune.py's undefended one")
     args = parser.parse_args()
-    args.size = args.size or data.defaults(args.data)["size"]
+    data.set_size(args)
+    args.eps = args.eps or data.defaults(args.data)["eps"]
     if args.images < FEWEST_IMAGES:
         raise UserError(f"{args.images} images say nothing: a difference counts from 9 images on, give "
                         f"--images {FEWEST_IMAGES} or more")

@@ -127,7 +127,7 @@ def arguments():
     parser.add_argument("--n", type=cli.number(int, 10), default=1000,  # fewer bound nothing above 1/2
                         help="draws that bound its probability, at least 10, default 1000")
     args = parser.parse_args()
-    args.size = args.size or data.defaults(args.data)["size"]
+    data.set_size(args)
     return args
 
 
@@ -154,7 +154,7 @@ def main():
               f"bound from {args.n}, 99.9% confidence, seed {args.seed}\n")
         print_table(rows, de3, args.n, own_images[0][0].shape)
         folder = runs.data_folder(args.runs, args.data) / run
-        if folder.is_file() or run.startswith(".."):  # published or shipped weights
+        if not folder.is_dir():  # of published weights, or of those that come along
             folder = runs.data_folder(args.runs, args.data) / folder.stem
         save_table(folder / f"certify_sigma{de3.sigma}.csv", rows)
 

@@ -151,17 +151,17 @@ def arguments():
     add("--seeds", nargs="+", type=cli.number(int), default=[0], help="of the trainings, default 0")
     add("--split", choices=["train", "val", "test"], default="test", help="default test")
     add("--images", type=cli.count, help="how many, evenly spread; default: as the table says")
-    add("--eps", type=cli.eps, help="radius in L∞, default: as the table says, 16/255 for the digits")
-    add("--l2", type=cli.number(float), help="radius in L2, default: as the table says; 0 leaves it out")
+    add("--eps", type=cli.eps, help="radius in L∞, default 16/255 (color 4/255)")
+    add("--l2", type=cli.number(float), help="radius in L2, 0: none; default: as the table says")
     add("--steps", type=cli.count, default=20, help="of PGD, default 20")
     add("--eot", type=cli.count, default=8, help="draws in each gradient, default 8")
     args = parser.parse_args()
-    args.size = args.size or data.defaults(args.data)["size"]
+    data.set_size(args)
     args.autoencoder = None  # each classifier's own
     table = table_of(args.data)
-    for name in ("images", "eps", "l2"):
-        if getattr(args, name) is None:
-            setattr(args, name, getattr(table, name))
+    args.images = args.images or table.images
+    args.l2 = table.l2 if args.l2 is None else args.l2
+    args.eps = args.eps or data.defaults(args.data)["eps"]
     return args, table.entries
 
 

@@ -161,8 +161,10 @@ def main():
              f"{255 * float(last['eps']):.3g}/255, ")
     if seeds == 1:
         title += "one seed"
+    elif args.against_clean:
+        title += f"mean of {seeds} seeds"
     else:
-        title += f"mean of {seeds} seeds" if args.against_clean else f"mean ± deviation of {seeds} seeds"
+        title += f"mean ± deviation of {seeds} seeds"
     path, from_comparison = args.out or args.table.with_name("tradeoff.png"), "one_shot" in rows[0]
     if args.against_clean and not from_comparison:
         raise UserError("--against-clean needs the three readings: give it a compare.csv")

@@ -19,11 +19,10 @@ class Entry(NamedTuple):
 class Table(NamedTuple):
     """The defenses of a data set, and what they are tested on unless the command line says otherwise.
 
-    images: how many. eps: radius of the attack in L∞. l2: its smaller radius in L2, 0 for none.
+    images: how many. l2: the smaller radius of the attack in L2, 0 for none.
     """
     entries: list
     images: int
-    eps: float
     l2: float
 
 
@@ -42,7 +41,7 @@ TABLES = {
               {"mode": "de3", "sigma": "uniform:0,30"}, (0, 100, 200)),
         Entry("MIM, whole output", MIM, {"mode": "de3"}, mask_ratios=(0.5, 0.75)),
         Entry("MIM, visible kept", MIM, {"mode": "de3", "keep-visible": True}, mask_ratios=(0.5, 0.75)),
-    ], images=100, eps=16 / 255, l2=1.0),
+    ], images=100, l2=1.0),
     "cifar10": Table([
         Entry("undefended", COLOR, {"mode": "clean"}),
         Entry("De³, fine-tuned on U(0, 60)", COLOR, {"mode": "de3", "sigma": "uniform:0,60"},
@@ -52,7 +51,7 @@ TABLES = {
         Entry("De³, fine-tuned on U(50, 150)", COLOR, {"mode": "de3", "sigma": "uniform:50,150"},
               (0, 50, 100)),
         Entry("noise only", COLOR, {"mode": "no-denoise", "sigma": "uniform:50,150"}, (50, 100)),
-    ], images=300, eps=4 / 255, l2=0),
+    ], images=300, l2=0.0),
 }
 
 

@@ -1,9 +1,13 @@
 """Command line and processes: what an argument may be, the flags of every stage, device, torchrun."""
 
 import argparse
+import contextlib
 import functools
 import math
 import os
+import shlex
+import shutil
+import signal
 import sys
 import time
 from pathlib import Path
@@ -14,7 +18,9 @@ import torch.distributed as dist
 from model import SIZES, Autoencoder, NoiseScale, UserError
 
 # What changes where or how fast a run works, but not the weights that it ends with.
-NOT_SETTINGS = ("device", "runs", "workers", "resume", "overwrite", "max_batch", "compile", "dry_run")
+NOT_SETTINGS = ("device", "runs", "data", "workers", "resume", "overwrite", "max_batch", "compile",
+                "dry_run")
+MAX_BATCH = {"large": 128, "huge": 64}  # the default of --max-batch; 256 for the other sizes
 
 
 # ----------------------------------------------------------------------------- types of arguments
@@ -48,6 +54,14 @@ def eps(text):
     return number(float)(top) / number(float, 1)(bottom or 1)
 
 
+def linf_eps(text):
+    """An argparse type: as `eps`, at most the range of the pixels."""
+    value = eps(text)
+    if value > 1:
+        raise argparse.ArgumentTypeError(f"{text} is more than the range of the pixels, 1: write 8/255")
+    return value
+
+
 def sigma_level(text):
     """An argparse type: a sigma to test at, in 8-bit units, or 'off', which is returned as None."""
     return None if text == "off" else number(float)(text)
@@ -78,12 +92,19 @@ def stage_parser(docstring):
     add("--device", default="auto", help="auto (default: cuda if there is one), cpu, cuda, ...")
     add("--runs", default="runs", help="everything is written to RUNS/<data>/ (default runs)")
     add("--workers", type=number(int), default=2, help="image loading processes, default 2")
-    add("--max-batch", type=count, default=256, help="images that a device sees at once: memory; "
-        "training accumulates gradients, EOT draws run together up to this; default 256")
+    add("--max-batch", type=count, help="images that a device sees at once: memory; training "
+        "accumulates gradients, EOT draws run together up to this; default 256 (large 128, huge 64)")
     add("--bf16", action=argparse.BooleanOptionalAction, default=None,
         help="bfloat16 autocast; default: in training where it is faster (not tiny models on a CPU)")
     add("--compile", action="store_true", help="torch.compile the models; the first steps take longer")
     return parser
+
+
+def refuse_unused(args, parser, names, why):
+    """UserError for those of these arguments that were given, where nothing uses them."""
+    for name in names:
+        if getattr(args, name) != parser.get_default(name):
+            raise UserError(f"--{name.replace('_', '-')} changes nothing {why}: leave it out")
 
 
 def training_flags(parser, recipes):
@@ -119,10 +140,15 @@ def apply_recipe(args, recipe):
                         "give fewer --warmup-epochs, or leave them out")
 
 
-def training_settings(args, *ignored):
-    """The arguments that decide the weights, as text; a run with other settings is another run."""
-    return {name: str(value) for name, value in vars(args).items()
-            if name not in NOT_SETTINGS and name not in ignored}
+def training_settings(args, ignored=(), **more):
+    """What decides the weights, as text; a run with other settings is another run.
+
+    That is every argument but NOT_SETTINGS and those ignored, and what `more` says: of the data
+    (data.identity), and in how many micro-batches noise is drawn.
+    """
+    settings = {name: value for name, value in vars(args).items()
+                if name not in NOT_SETTINGS and name not in ignored}
+    return {name: str(value) for name, value in {**settings, **more}.items()}
 
 
 # ------------------------------------------------------------------------ devices and processes
@@ -161,6 +187,16 @@ def process_count():
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
+@contextlib.contextmanager
+def rank_0_first():
+    """What stands inside is done by the process of rank 0, then by the others: a download, say."""
+    if dist.is_initialized() and rank() > 0:
+        dist.barrier()
+    yield
+    if dist.is_initialized() and rank() == 0:
+        dist.barrier()
+
+
 def sum_over_processes(*values):
     """The sum of each value over all processes, as a list of floats."""
     sums = torch.tensor(values, dtype=torch.float64)
@@ -170,7 +206,10 @@ def sum_over_processes(*values):
 
 
 def compile_models(device, *models):
-    """torch.compile, in place: an autoencoder's denoise, any other model's forward; None is skipped."""
+    """torch.compile, in place: an autoencoder's denoise and mim, any other model's forward.
+
+    None among the models is skipped. Raises UserError where nothing can be compiled.
+    """
     try:
         torch.compile(torch.neg)(torch.ones(2, device=device))
     except Exception as error:  # no compiler, no Triton ...
@@ -178,7 +217,7 @@ def compile_models(device, *models):
         raise UserError(f"--compile cannot work here ({reason}): leave it out") from None
     for model in models:
         if isinstance(model, Autoencoder):
-            model.denoise = torch.compile(model.denoise)
+            model.denoise, model.mim = torch.compile(model.denoise), torch.compile(model.mim)
         elif model is not None:
             model.compile()
 
@@ -238,6 +277,7 @@ class Progress:
         if done:
             seconds = time.time() - self.started
             text += f", {minutes(seconds / done - seconds)} left"
+        text = text[:shutil.get_terminal_size().columns - 1]  # a longer one could not be rewritten
         print("\r" + text.ljust(self.width), end="", flush=True)
         self.shown_at, self.width = time.time(), len(text)
 
@@ -248,10 +288,36 @@ class Progress:
         self.shown_at, self.width, self.started = 0.0, 0, time.time()
 
 
-def run_script(main):
-    """Call main(); one sentence and exit code 2 for bad input, 130 for Ctrl-C."""
+def command_again(*more):
+    """The command that was given, with these flags and without --overwrite, quoted for a shell."""
+    words = [word for word in sys.argv if word not in ("--overwrite", *more)]
+    return shlex.join(["python", *words, *more])
+
+
+class Interruption:
+    """Ctrl-C. Raised inside a destructor the exception is lost, so loops ask once more (`check`)."""
+    requested = False
+
+    @classmethod
+    def request(cls, signal_number, frame):
+        cls.requested = True
+        raise KeyboardInterrupt
+
+    @classmethod
+    def check(cls):
+        if cls.requested:
+            raise KeyboardInterrupt
+
+
+def run_script(main, resumable=False):
+    """Call main(); one sentence and exit code 2 for bad input, 130 for Ctrl-C.
+
+    resumable: training, which goes on with --resume.
+    """
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="replace")  # a terminal without σ shows a question mark
+    Interruption.requested = False
+    before = signal.signal(signal.SIGINT, Interruption.request)
     try:
         main()
     except UserError as error:  # from a loading process it comes with that process's traceback
@@ -261,10 +327,27 @@ def run_script(main):
     except OSError as error:  # a full disk, a folder that cannot be written to ...
         print(f"error: {error}; what was saved before is kept", file=sys.stderr)
         sys.exit(2)
+    except (MemoryError, RuntimeError) as error:
+        reason = resource_error(error)
+        if not reason:
+            raise
+        print(f"error: {reason}; what was saved before is kept", file=sys.stderr)
+        sys.exit(2)
     except KeyboardInterrupt:
-        print("interrupted; training goes on with the same command and --resume (not --overwrite)",
-              file=sys.stderr)
+        advice = f"go on with: {command_again('--resume')}" if resumable else "what was written is kept"
+        print(f"interrupted; {advice}", file=sys.stderr)
         sys.exit(130)
     finally:
+        signal.signal(signal.SIGINT, before)
         if dist.is_initialized():
             dist.destroy_process_group()
+
+
+def resource_error(error):
+    """What to do about an error of the machine rather than of the code, or None for any other."""
+    if (isinstance(error, (MemoryError, torch.OutOfMemoryError))
+            or "can't allocate memory" in str(error)):
+        return "out of memory: give a lower --max-batch, or a smaller --size"
+    if "DataLoader worker" in str(error):  # PyTorch notices it at any time, in a signal handler
+        return "a process that loads images was killed, perhaps out of memory: give fewer --workers"
+    return None

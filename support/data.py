@@ -15,13 +15,17 @@ Every item is (image [3, S, S] in [0, 1], label). A data set has `classes`, the 
 Images that are trained at up to 64 pixels are decoded once and kept in memory as bytes.
 """
 
+import contextlib
 import functools
+import hashlib
+import signal
+import sys
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
+from PIL import Image, ImageOps
 from torch.utils.data import BatchSampler, DataLoader, Dataset, Sampler, Subset, TensorDataset
 from torchvision import datasets, transforms
 from torchvision.transforms import InterpolationMode
@@ -30,12 +34,14 @@ from model import IMAGENET_MEAN, IMAGENET_STD, UserError
 from support import cli
 
 DIGITS_FILE = Path(__file__).parents[1] / "assets" / "digits.npz"
-PAPER = dict(pretrain_sigma="gamma:25,3", finetune_sigma="uniform:0,30", test_sigmas=(0, 35, 70, 140))
+PAPER = dict(pretrain_sigma="gamma:25,3", finetune_sigma="uniform:0,30", test_sigmas=(0, 35, 70, 140),
+             eps=4 / 255)
 COLOR = dict(size="small", pretrain_sigma="gamma:10,8", finetune_sigma="uniform:0,60",
-             test_sigmas=(0, 50, 100), mean=(0.4914, 0.4822, 0.4465), std=(0.2470, 0.2435, 0.2616))
-DEFAULTS = {  # of each data set: the size of the models, sigmas, what the models normalize by
+             test_sigmas=(0, 50, 100), eps=4 / 255, mean=(0.4914, 0.4822, 0.4465),
+             std=(0.2470, 0.2435, 0.2616))
+DEFAULTS = {  # of each data set: size of the models, sigmas, eps to compare at, mean and sd of pixels
     "digits": dict(size="tiny", pretrain_sigma="gamma:10,12", finetune_sigma="uniform:100,400",
-                   test_sigmas=(0, 50), mean=(0.306,) * 3, std=(0.324,) * 3),
+                   test_sigmas=(0, 50), eps=16 / 255, mean=(0.306,) * 3, std=(0.324,) * 3),
     "cifar10": COLOR,
     "FOLDER of small images": COLOR,
     "FOLDER": dict(size="base", **PAPER, mean=IMAGENET_MEAN, std=IMAGENET_STD),
@@ -43,6 +49,8 @@ DEFAULTS = {  # of each data set: the size of the models, sigmas, what the model
 SMALL = 64  # pixels: up to here images are kept in memory, and a folder of such images is small
 MEMORY = 2 * 10**9  # bytes, at most, of a data set in memory
 VALIDATION_IMAGES = 500  # of each class of cifar10
+FORMATS = ("JPEG", "PNG", "BMP", "PPM", "TIFF", "WEBP")  # Pillow hands some others to other programs
+SPLITS = ("train", "val", "test")
 
 
 def defaults(name):
@@ -50,6 +58,25 @@ def defaults(name):
     if name in DEFAULTS:
         return DEFAULTS[name]
     return DEFAULTS["FOLDER of small images" if has_small_images(name) else "FOLDER"]
+
+
+def set_size(args):
+    """Fill in --size and --max-batch, where they were not given, by the data set and the size."""
+    args.size = args.size or defaults(args.data)["size"]
+    args.max_batch = args.max_batch or cli.MAX_BATCH.get(args.size, 256)
+
+
+def identity(name):
+    """What a run's settings say of its data: cifar10, or "folder" and a digest of its training files.
+
+    The digest is of their names inside the folder and of their sizes, so a folder may be moved.
+    """
+    if name in DEFAULTS:
+        return name
+    digest = hashlib.sha256()
+    for path in sorted(Path(name).glob("train/*/*")):
+        digest.update(f"{path.relative_to(name).as_posix()} {path.stat().st_size}\n".encode())
+    return f"folder {digest.hexdigest()[:12]}"
 
 
 @functools.cache
@@ -70,10 +97,10 @@ def read_image(path):
     """A PIL RGB image, or a UserError that names the file."""
     try:
         with open(path, "rb") as file:
-            image = Image.open(file)
+            image = Image.open(file, formats=FORMATS)
             if image.mode.startswith(("I", "F")):  # Pillow would clip them to white
                 raise ValueError("more than 8 bits per channel")
-            return image.convert("RGB")
+            return ImageOps.exif_transpose(image).convert("RGB")  # as the camera was held
     except Exception as error:  # Pillow's decoders raise many kinds
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise UserError(f"cannot read image {path}: {reason}; replace or remove it") from None
@@ -82,7 +109,7 @@ def read_image(path):
 def load_digits(split, image_size):
     """The digits of one split as a TensorDataset of [N, 3, S, S] floats and [N] labels."""
     with np.load(DIGITS_FILE, allow_pickle=False) as file:
-        chosen = file["split"] == ("train", "val", "test").index(split)
+        chosen = file["split"] == SPLITS.index(split)
         images = torch.from_numpy(file["images"][chosen]).float() / 16  # 0..16 -> [0, 1]
         labels = torch.from_numpy(file["labels"][chosen]).long()
     images = F.interpolate(images[:, None], size=(image_size, image_size), mode="bilinear")
@@ -95,7 +122,8 @@ def open_images(name, split):
     """cifar10 or a folder, as a data set of PIL images; UserError where there is none."""
     if name == "cifar10":
         try:
-            whole = datasets.CIFAR10("data", split != "test", download=True)
+            with cli.rank_0_first():
+                whole = datasets.CIFAR10("data", split != "test", download=True)
         except (OSError, RuntimeError) as error:  # no network, or a damaged download
             raise UserError(f"could not get CIFAR-10 into data/ ({str(error).splitlines()[0]}); "
                             "place cifar-10-python.tar.gz there or use --data FOLDER") from None
@@ -143,7 +171,11 @@ def decode(dataset, image_size):
 
 
 class Transformed(Dataset):
-    """A data set of PIL images, each transformed when it is asked for."""
+    """A data set of PIL images, each transformed when it is asked for, by its index.
+
+    In training it is asked for by (seed, epoch, index), from which all random numbers of its
+    augmentation follow: then it does not matter which process loads it, and after what.
+    """
 
     def __init__(self, dataset, transform):
         self.dataset, self.transform, self.classes = dataset, transform, dataset.classes
@@ -151,9 +183,15 @@ class Transformed(Dataset):
     def __len__(self):
         return len(self.dataset)
 
-    def __getitem__(self, index):
+    def __getitem__(self, key):
+        if not isinstance(key, tuple):
+            image, label = self.dataset[key]
+            return self.transform(image), label
+        seed, epoch, index = key
         image, label = self.dataset[index]
-        return self.transform(image), label
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed((seed * 1_000_003 + epoch) * 1_000_000_007 + index)
+            return self.transform(image), label
 
 
 def load_dataset(name, split, image_size, transform=None):
@@ -162,6 +200,8 @@ def load_dataset(name, split, image_size, transform=None):
     transform: from PIL image to [3, S, S], for images that are not kept in memory; default
     eval_transform. Raises UserError for a missing or empty folder and for a download that fails.
     """
+    if split not in SPLITS:
+        raise UserError(f"split must be one of {', '.join(SPLITS)}, not {split!r}")
     if name == "digits":
         return load_digits(split, image_size)
     dataset = open_images(name, split)
@@ -201,32 +241,71 @@ class TrainingOrder(Sampler):
                 yield indices.tolist()
 
 
+class SeededOrder(Sampler):
+    """The same lists, of (seed, epoch, index), for images that are augmented as they are loaded."""
+
+    def __init__(self, order):
+        self.order = order
+
+    def __len__(self):
+        return len(self.order)
+
+    def __iter__(self):
+        for indices in self.order:
+            yield [(self.order.seed, self.order.epoch, index) for index in indices]
+
+
 class Loader:
     """Batches (images [B, 3, S, S] in [0, 1], labels [B]) of a data set, on the device.
 
     batches: a TrainingOrder, or a batch size, to go once through all of it. workers: processes that
-    load images which are not in memory.
+    load images which are not in memory; those of a training live until it ends.
     """
 
     def __init__(self, dataset, batches, workers=0, device="cpu"):
         self.device = torch.device(device)
-        if isinstance(batches, int):
+        training = isinstance(batches, TrainingOrder)
+        if not training:
             batches = BatchSampler(range(len(dataset)), batches, drop_last=False)
         if in_memory(dataset):  # a batch is one indexing operation
             self.batches = DataLoader(dataset, sampler=batches, batch_size=None)
         else:
-            self.batches = DataLoader(dataset, batch_sampler=batches, num_workers=workers,
-                                      pin_memory=self.device.type != "cpu")
+            self.batches = DataLoader(
+                dataset, batch_sampler=SeededOrder(batches) if training else batches,
+                num_workers=workers, persistent_workers=training and workers > 0,
+                pin_memory=self.device.type != "cpu", worker_init_fn=start_worker,
+                generator=torch.Generator())  # the loader draws a seed: not from the training's numbers
 
     def __len__(self):
         return len(self.batches)
 
     def __iter__(self):
-        for images, labels in self.batches:
+        with without_ctrl_c():  # the processes that start here leave Ctrl-C to this one
+            batches = iter(self.batches)
+        for images, labels in batches:
+            cli.Interruption.check()
             images, labels = images.to(self.device, non_blocking=True), labels.to(self.device)
             if images.dtype == torch.uint8:
                 images = images.float() / 255
             yield images, labels
+
+
+def start_worker(number):
+    """In a loading process: the thread that hands images over says nothing when the run ends first."""
+    sys.excepthook = lambda *error: None
+
+
+@contextlib.contextmanager
+def without_ctrl_c():
+    """Hold Ctrl-C back; processes that are started meanwhile never see it. Not on Windows."""
+    if not hasattr(signal, "pthread_sigmask"):
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def evenly_spread(dataset, count, rank=0, processes=1):

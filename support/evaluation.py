@@ -94,6 +94,12 @@ def describe(checkpoint, de3):
     return ", ".join(words)
 
 
+def name_of_run(folder, root):
+    """A run's folder as tables name it: inside RUNS/<data> (`root`) or, outside, from here."""
+    inside = Path(folder).resolve().is_relative_to(Path(root).resolve())
+    return os.path.relpath(folder, root if inside else None)
+
+
 def with_folders(named):
     """Add the run's folder to the words that stand for more than one defense."""
     words = [defense.words for defense in named]
@@ -126,8 +132,8 @@ def load_defenses(args, device, votes=1):
             for mask_ratio in mask_ratios:
                 de3 = De3(autoencoder, classifier, sigma, mask_ratio, checkpoint["keep_visible"],
                           votes).to(device).eval()
-                named.append(NamedDefense(describe(checkpoint, de3), os.path.relpath(folder, root),
-                                          os.path.relpath(source, root) if source else "", de3))
+                named.append(NamedDefense(describe(checkpoint, de3), name_of_run(folder, root),
+                                          name_of_run(source, root) if source else "", de3))
         if args.compile:
             cli.compile_models(device, autoencoder, classifier)
     return with_folders(named), checkpoint

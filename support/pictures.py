@@ -6,8 +6,8 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torchvision.transforms.functional import to_pil_image
 
-from model import add_noise, unpatchify
-from support import runs
+from model import De3, add_noise, unpatchify
+from support import cli, data, runs, training
 
 CELL, GAP, TEXT = 112, 6, 15  # pixels: side of an image, space between, height of the letters
 WRONG = "#c1121f"  # red that stays dark in gray
@@ -25,6 +25,33 @@ def psnr(images, reference):
     """Peak signal-to-noise ratio in dB of each image: [B]."""
     error = (images - reference).square().flatten(1).mean(1)
     return -10 * error.clamp(min=1e-10).log10()
+
+
+def print_psnr(autoencoder, args, heldout, levels, device):
+    """A table: PSNR on held-out images of what goes in and of what comes out, level by level.
+
+    args: pretrain.py's. levels: sigmas for NIM, mask ratios for MIM.
+    """
+    nim = args.task == "nim"
+    print("\nsigma  noisy dB  denoised dB" if nim else
+          "\nmask ratio  filled in dB (visible patches kept)")
+    for level in levels:
+        defense = De3(autoencoder, None, level) if nim else De3(
+            autoencoder, None, None, mask_ratio=level, keep_visible=True)
+        training.seed_epoch(args.seed, args.epochs)
+        before = after = 0
+        for images, _ in data.Loader(heldout, 250, args.workers, device):
+            with torch.no_grad():
+                if nim:
+                    before += psnr(add_noise(images, level), images).sum().item()
+                after += psnr(defense.purify(images), images).sum().item()
+        count, before, after = cli.sum_over_processes(len(heldout), before, after)
+        if nim:
+            print(f"{level:5g}  {before / count:8.2f}  {after / count:11.2f}")
+        else:
+            print(f"{level:10g}  {after / count:12.2f}")
+    if args.norm_pix:
+        print("(--norm-pix: each patch has the mean and sd of the clean image's back)")
 
 
 def draw_sheet(path, heading, columns, rows):

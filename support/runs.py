@@ -22,7 +22,7 @@ from torchvision.models import resnet18
 from torchvision.transforms import Normalize
 
 from model import SIZES, Autoencoder, Classifier, UserError
-from support import data
+from support import cli, data
 from support.cli import rank
 
 
@@ -85,6 +85,28 @@ def classifier_folder(parent, seed, mode, sigma=None, max_mask_ratio=None, keep_
     if init:
         names.append(f"init-{Path(init).stem}")
     return run_folder(parent, seed, names)
+
+
+def classifier_run(args, mode, sigma, max_mask_ratio, autoencoder, source, **more):
+    """The folder of finetune.py's run and the settings that decide its weights.
+
+    sigma, max_mask_ratio: None where the mode uses none. autoencoder: None, or the one it starts from
+    or stands behind, which came from `source`. more: further settings.
+    """
+    parent = data_folder(args.runs, args.data)
+    if autoencoder is not None:
+        parent = parent / source.stem if source.is_file() else source
+        more["autoencoder"] = fingerprint(autoencoder)
+    else:
+        more["autoencoder"] = ""
+    if sigma is not None:
+        more["sigma"] = sigma
+    if max_mask_ratio is not None:
+        more.update(max_mask_ratio=max_mask_ratio, keep_visible=args.keep_visible)
+    folder = classifier_folder(parent, args.seed, mode, sigma, max_mask_ratio, args.keep_visible,
+                               args.adversarial, args.arch, args.from_scratch, args.init)
+    decided_here = ("autoencoder", "mode", "sigma", "max_mask_ratio", "keep_visible")
+    return folder, cli.training_settings(args, decided_here, data=data.identity(args.data), **more)
 
 
 def default_classifier_folders(args):

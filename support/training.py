@@ -18,6 +18,7 @@ from torchvision.transforms import InterpolationMode, v2
 from model import UserError
 from support import cli, runs
 
+LOOK_EVERY = 20  # micro-batches
 LOG_FIELDS = ("epoch", "loss", "accuracy", "lr", "images_per_second", "command", "torch", "commit")
 
 
@@ -148,7 +149,9 @@ def print_dry_run(args, model, loss_of_one_image, images, batch, micro_batches, 
 
 def distribute(model):
     """DistributedDataParallel around the model, where there are several processes."""
-    return DistributedDataParallel(model) if dist.is_initialized() else model
+    if not dist.is_initialized():
+        return model
+    return DistributedDataParallel(model, broadcast_buffers=False)  # mean and std never change
 
 
 def gradient_averaging(model, last_micro_batch):
@@ -156,14 +159,6 @@ def gradient_averaging(model, last_micro_batch):
     if dist.is_initialized() and not last_micro_batch:
         return model.no_sync()
     return contextlib.nullcontext()
-
-
-def backward(loss, micro_batches, step):
-    """Gradients of one of the micro-batches of a step; a loss that is not finite stops the run."""
-    if not loss.isfinite():
-        raise UserError(f"the loss is {loss.item()} at step {step}; what was saved before is kept: "
-                        "try a lower --base-lr")
-    (loss / micro_batches).backward()
 
 
 def update(optimizer, lr):
@@ -175,25 +170,46 @@ def update(optimizer, lr):
 
 
 class EpochLog:
-    """The sums of one epoch in this process, its line on the screen, and its row in log.csv."""
+    """The sums of one epoch in this process, its line on the screen, and its row in log.csv.
+
+    Losses stay on the device for LOOK_EVERY micro-batches: to look at one waits for the device.
+    """
 
     def __init__(self, epoch, epochs, images_in_epoch):
         self.epoch, self.epochs, self.images_in_epoch = epoch, epochs, images_in_epoch
         self.started, self.progress = time.time(), cli.Progress()
         self.loss_sum, self.images, self.hits = 0.0, 0, None
+        self.losses, self.sizes, self.hit_counts = [], [], []  # of micro-batches not yet added up
 
     def add(self, loss, images, hits=None):
-        """Count a micro-batch: mean loss, number of images, correct ones (None where nobody counts)."""
-        self.loss_sum += loss * images
-        self.images += images
+        """Count a micro-batch: its mean loss, number of images, correct ones (None: nobody counts)."""
+        self.losses.append(loss.detach())
+        self.sizes.append(images)
         if hits is not None:
-            self.hits = (self.hits or 0) + hits
+            self.hit_counts.append(hits)
+        if len(self.losses) == LOOK_EVERY:
+            self.add_up()
+
+    def add_up(self):
+        """Bring the sums up to date; a loss that is not finite stops the run before it is saved."""
+        if not self.losses:
+            return
+        for loss, images in zip(torch.stack(self.losses).tolist(), self.sizes):
+            if not math.isfinite(loss):
+                raise UserError(f"the loss is {loss} in epoch {self.epoch}; what was saved before is "
+                                "kept: try a lower --base-lr")
+            self.loss_sum += loss * images
+            self.images += images
+        if self.hit_counts:
+            self.hits = (self.hits or 0) + torch.stack(self.hit_counts).sum().item()
+        self.losses, self.sizes, self.hit_counts = [], [], []
         done = self.images / self.images_in_epoch
         self.progress.show(f"epoch {self.epoch}: {100 * done:.0f}%, loss "
                            f"{self.loss_sum / self.images:.4f}", done)
 
     def finish(self, folder, lr):
         """Print the epoch's line and write its row; rows of later epochs, of a killed run, go."""
+        self.add_up()
         seconds = time.time() - self.started
         loss, images, hits = cli.sum_over_processes(self.loss_sum, self.images, self.hits or 0)
         row = dict(epoch=self.epoch, loss=f"{loss / images:.6f}", lr=f"{lr:.3e}", accuracy="",

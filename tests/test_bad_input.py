@@ -3,6 +3,7 @@
 import io
 import math
 import unittest
+import warnings
 
 import numpy as np
 import torch
@@ -10,7 +11,7 @@ from PIL import Image
 from torch import nn
 
 from attack import pgd
-from model import De3, NoiseScale, UserError
+from model import De3, NoiseScale, UserError, add_noise
 from tests.helpers import (Linear, Result, RunsCode, assert_refused, copy_of_photos, digits_names,
                            digits_runs, finished, new_folder, photo_flags, photo_runs, photos, process,
                            random_images, run, small_autoencoder, small_classifier, training)
@@ -83,6 +84,37 @@ class TestBadArguments(unittest.TestCase):
                 (images * 255, 0.1, 1, {}), (images - 0.5, 0.1, 1, {}), (nan, 0.1, 1, {})]:
             with self.subTest(eps=eps, steps=steps, **settings), self.assertRaises(UserError):
                 pgd(model, wrong, labels, eps, steps, **settings)
+
+    def test_sigma_of_add_noise(self):
+        for sigma in (-1, math.nan, math.inf, torch.tensor([1, 2, -3, 4.0]), torch.tensor(math.nan)):
+            with self.subTest(sigma), self.assertRaisesRegex(UserError, "sigma must be finite"):
+                add_noise(random_images(), sigma)
+
+    def test_labels_of_pgd(self):
+        """One long for each image, each a class of the model; the same for targets."""
+        images, labels, model = random_images(3, 3, 16, 16), torch.arange(3), small_classifier()
+        for wrong in (torch.arange(6), labels[:2], labels - 1, labels + 8, labels.float(), labels[:, None]):
+            with self.subTest(wrong), self.assertRaisesRegex(UserError, "labels"):
+                pgd(model, images, wrong, 0.1, 1)
+            with self.subTest(targets=wrong), self.assertRaisesRegex(UserError, "labels"):
+                pgd(model, images, labels, 0.1, 1, targets=wrong)
+        for dtype in (torch.bfloat16, torch.float16):
+            with self.assertRaisesRegex(UserError, "float32"):
+                pgd(model.to(dtype), images.to(dtype), labels, 0.1, 1)
+
+    def test_gradient_that_is_zero(self):
+        """Masked everywhere: a warning, since nothing was attacked; not where one image has one."""
+        class Flat(nn.Module):
+            def forward(self, x):
+                score = x.flatten(1)[:, 0] * torch.tensor([self.slope, 0, 0, 0])
+                return torch.stack([score, 0 * score], dim=1)
+        model, labels = Flat(), torch.zeros(4, dtype=torch.long)
+        model.slope = 0.0
+        with self.assertWarnsRegex(UserWarning, "gradient is zero"):
+            pgd(model, random_images(), labels, 0.1, 1)
+        model.slope = 1.0
+        with warnings.catch_warnings(action="error"):
+            pgd(model, random_images(), labels, 0.1, 1)
 
     def test_gradient_that_is_not_finite(self):
         class Broken(nn.Module):
@@ -229,10 +261,10 @@ class TestBadInput(unittest.TestCase):
         self.refused("defend", "no.png", "--runs", digits_runs()[0], says="no.png")
 
     def test_loss_that_is_not_finite(self):
-        """Stops at once, with the step; what was saved before is kept."""
+        """Stops before anything is saved; what was saved before is kept."""
         runs = new_folder()
         flags = (*training(9, batch_size=24, warmup=1, base_lr=1e30), *photo_flags(runs))
-        assert_refused(run("pretrain", *flags), ("loss", "step 2", "--base-lr"))
+        assert_refused(run("pretrain", *flags), ("loss", "epoch 3", "--base-lr"))
         path, = runs.rglob("checkpoint.pt")
         self.assertEqual(torch.load(path)["epoch"], 2)
         result = run("finetune", "--mode", "clean", "--from-scratch", *flags)

@@ -33,7 +33,7 @@ class TestCompare(unittest.TestCase):
         table = [tables.Entry("undefended", nim, {"mode": "clean"}),
                  tables.Entry("De³", nim, {"mode": "de3", "sigma": "uniform:0,30"}, (0, 40)),
                  tables.Entry("MIM", mim, {"mode": "de3", "keep-visible": True}, mask_ratios=(0.5,))]
-        table = tables.Table(table, images=6, eps=16 / 255, l2=1.0)
+        table = tables.Table(table, images=6, l2=1.0)
         patch = mock.patch.dict(tables.TABLES, {str(photos()): table})
         patch.start()
         self.addCleanup(patch.stop)
@@ -105,7 +105,8 @@ class TestCompare(unittest.TestCase):
         folder = self.without_models()
         with mock.patch.object(compare, "measure", side_effect=self.measured) as calls:
             result = finished(run("studies.compare", "--seeds", 0, 1, "--runs", folder))
-        levels = sum(len(entry.sigmas) * len(entry.mask_ratios) for entry in tables.TABLES["digits"].entries)
+        entries = tables.TABLES["digits"].entries
+        levels = sum(len(entry.sigmas) * len(entry.mask_ratios) for entry in entries)
         self.assertEqual(calls.call_count, 2 * levels)
         for level in ("undefended +off", "De³ +σ = 100", "MIM, whole output +mask 0.5"):
             figures = "90.5 ± 0.7 +41.0 ± 1.4 +41.0 ± 1.4 +- +- +51.0 ± 1.4 "
@@ -137,7 +138,8 @@ class TestCompare(unittest.TestCase):
 
     def test_refuses(self):
         folder = self.without_models()
-        assert_refused(run("studies.compare", *photo_flags(folder, new_folder())), "there is no table of")
+        flags = photo_flags(folder, new_folder())
+        assert_refused(run("studies.compare", *flags), "there is no table of")
         (folder / "digits").mkdir(parents=True)
         (folder / "digits/compare.csv").write_text("a,b\n1,2\n")
         assert_refused(run("studies.compare", "--runs", folder), "compare.csv is not a table")

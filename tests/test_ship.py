@@ -21,7 +21,7 @@ class TestShip(unittest.TestCase):
                                    *cls.classifiers)).wrote()
 
     def test_copies(self):
-        """Half the bytes, rounded weights, the autoencoder's new fingerprint, no folder of a machine."""
+        """Half the bytes, rounded weights, the new fingerprint, no folder of the machine."""
         self.assertEqual(len(self.shipped), 3)
         copied, _ = runs.load_finished(self.shipped[0].parent, "autoencoder")
         trained, _ = runs.load_finished(self.classifiers[0].parent, "autoencoder")
@@ -34,7 +34,8 @@ class TestShip(unittest.TestCase):
             checkpoint = torch.load(path, weights_only=True)
             self.assertNotIn("optimizer", checkpoint)
             self.assertNotIn(str(self.own), str({**checkpoint, "model": None}))
-        self.assertEqual(torch.load(self.shipped[1])["settings"]["autoencoder"], runs.fingerprint(copied))
+        settings = torch.load(self.shipped[1])["settings"]
+        self.assertEqual(settings["autoencoder"], runs.fingerprint(copied))
 
     def test_stages(self):
         """Without a run of one's own they are used, in one line; the accuracies stay."""

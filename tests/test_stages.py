@@ -71,9 +71,10 @@ class TestStages(unittest.TestCase):
         lines = [line for line in result.out.splitlines() if line.startswith(str(photo))]
         self.assertEqual([re.search(r"undefended|σ = \d+", line)[0] for line in lines],
                          ["σ = 0", "σ = 80"])
-        images = sorted((folder / "digits/purified").glob("0_my photo_*"))
-        self.assertEqual([path.name for path in images],
-                         ["0_my photo_sigma0.png", "0_my photo_sigma80.png"])
+        de3, _ = digits_names()
+        images = sorted((folder / "digits/purified").rglob("0_my photo_*"))
+        self.assertEqual([str(path.relative_to(folder / "digits/purified")) for path in images],
+                         [f"{de3}/0_my photo_sigma{sigma}.png" for sigma in (0, 80)])
         for path in images:
             with Image.open(path) as image:
                 self.assertEqual(image.size, (32, 32))
