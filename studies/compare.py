@@ -31,11 +31,11 @@ from support import cli, data, evaluation, runs, training, weights
 
 TRIES, KNOWN_NOISES = 10, 3
 COLUMN = 17  # width of a column of the printed table
-FIELDS = ("defense level seed run weights split images norm eps l2_radius steps eot attack_seed clean "
-          "clean_ten_tries clean_noise_known no_eot one_shot ten_tries noise_known l2 l2_twice seconds"
-          ).split()
+FIELDS = ("defense level seed run weights split images norm eps l2_radius steps eot attack_seed "
+          "precision clean clean_ten_tries clean_noise_known no_eot one_shot ten_tries noise_known l2 "
+          "l2_twice seconds").split()
 KEY = ("level", "seed", "run", "weights", "split", "images", "eps", "l2_radius", "steps", "eot",
-       "attack_seed")
+       "attack_seed", "precision")
 
 
 # -------------------------------------------------------------------------------- the readings
@@ -189,7 +189,7 @@ def main():
                     run=folder.relative_to(runs.data_folder(args.runs, args.data)),
                     weights=runs.fingerprint(classifier), split=args.split, images=images_in_all,
                     norm="linf", eps=f"{args.eps:.6g}", l2_radius=f"{args.l2:g}", steps=args.steps,
-                    eot=args.eot, attack_seed=args.seed)
+                    eot=args.eot, attack_seed=args.seed, precision="bf16" if args.bf16 else "fp32")
                 row = {name: str(value) for name, value in row.items()}
                 same = [old for old in measured if all(old[name] == row[name] for name in KEY)]
                 if same:

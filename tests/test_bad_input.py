@@ -93,7 +93,8 @@ class TestBadArguments(unittest.TestCase):
     def test_labels_of_pgd(self):
         """One long for each image, each a class of the model; the same for targets."""
         images, labels, model = random_images(3, 3, 16, 16), torch.arange(3), small_classifier()
-        for wrong in (torch.arange(6), labels[:2], labels - 1, labels + 8, labels.float(), labels[:, None]):
+        for wrong in (torch.arange(6), labels[:2], labels - 1, labels + 8, labels.float(),
+                      labels[:, None]):
             with self.subTest(wrong), self.assertRaisesRegex(UserError, "labels"):
                 pgd(model, images, wrong, 0.1, 1)
             with self.subTest(targets=wrong), self.assertRaisesRegex(UserError, "labels"):

@@ -17,8 +17,8 @@ from PIL import Image
 import finetune
 from model import UserError
 from support import cli, data, runs
-from tests.helpers import (REPOSITORY, assert_refused, copy_of_photos, finished, new_folder, photo_flags,
-                           photo_runs, photos, run, training)
+from tests.helpers import (REPOSITORY, assert_refused, copy_of_photos, finished, new_folder,
+                           photo_flags, photo_runs, photos, run, training)
 
 
 class TestLoading(unittest.TestCase):
