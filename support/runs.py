@@ -6,11 +6,8 @@ well, see seed_epoch), settings (what decides the weights), and what the later s
 """
 
 import argparse
-import contextlib
 import functools
 import hashlib
-import io
-import os
 import shlex
 import subprocess
 import sys
@@ -22,7 +19,7 @@ from torchvision.models import resnet18
 from torchvision.transforms import Normalize
 
 from model import SIZES, Autoencoder, Classifier, UserError
-from support import data
+from support import data, files
 from support.cli import rank
 
 
@@ -105,24 +102,6 @@ def stage_command(stage, args):
 
 # ---------------------------------------------------------------------------------- checkpoints
 
-def write_whole(path, save):
-    """save(file) beside `path`, then move into place: a kill leaves the old file whole."""
-    buffer, temporary = io.BytesIO(), path.with_suffix(".tmp")
-    save(buffer)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(temporary, "wb") as file:
-            file.write(buffer.getbuffer())
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
-        raise UserError(f"could not save {path} ({error}); what was saved before is kept: make room, "
-                        "and go on with the same command (training: and --resume)") from None
-
-
 @functools.cache
 def provenance():
     """What a result came from: the command, the torch version and, in a checkout, the commit."""
@@ -137,7 +116,7 @@ def provenance():
 def save_checkpoint(path, checkpoint):
     """Write a checkpoint, in the process of rank 0."""
     if rank() == 0:
-        write_whole(path, lambda file: torch.save(checkpoint, file))
+        files.write_whole(path, lambda file: torch.save(checkpoint, file))
 
 
 def read_weights(path):

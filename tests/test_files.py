@@ -1,0 +1,130 @@
+"""Results are written whole, tables are read with care, and locks keep two processes apart."""
+
+import multiprocessing
+import os
+import stat
+import unittest
+from unittest import mock
+
+from model import UserError
+from support import evaluation, files, training
+from tests.helpers import assert_refused, digits_names, digits_runs, new_folder, read_csv, run
+
+FIELDS = ("name", "value")
+
+
+def in_processes(function, *arguments_of_each):
+    """Call the function in so many processes at once: their exit codes."""
+    fork = multiprocessing.get_context("fork")
+    processes = [fork.Process(target=function, args=arguments) for arguments in arguments_of_each]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    return [process.exitcode for process in processes]
+
+
+class TestWriteWhole(unittest.TestCase):
+    def test_two_writers_at_once(self):
+        """One of the two files is there in the end, whole, and nothing else."""
+        path = new_folder() / "run" / "checkpoint.pt"
+
+        def write(letter):
+            for _ in range(20):
+                files.write_whole(path, lambda file: file.write(letter * 10**6))
+        self.assertEqual(in_processes(write, (b"a",), (b"b",)), [0, 0])
+        self.assertIn(path.read_bytes(), (b"a" * 10**6, b"b" * 10**6))
+        self.assertEqual(list(path.parent.iterdir()), [path])
+
+    def test_interrupted(self):
+        """Ctrl-C keeps the old file, and leaves no half one."""
+        path = new_folder() / "log.csv"
+        path.write_text("old")
+        with mock.patch("os.fsync", side_effect=KeyboardInterrupt):
+            with self.assertRaises(KeyboardInterrupt):
+                files.write_whole(path, lambda file: file.write(b"new"))
+        self.assertEqual((path.read_text(), list(path.parent.iterdir())), ("old", [path]))
+
+    def test_reaches_the_disk(self):
+        """The file is flushed, and then the folder with its new name."""
+        flushed, fsync = [], os.fsync
+
+        def noted(descriptor):
+            flushed.append(stat.S_ISDIR(os.fstat(descriptor).st_mode))
+            fsync(descriptor)
+        with mock.patch("os.fsync", noted):
+            files.write_whole(new_folder() / "file", lambda file: file.write(b"new"))
+        self.assertEqual(flushed, [False, True])
+
+    def test_others_may_read_it(self):
+        """As any file that is written here: the temporary name does not make it private."""
+        folder = new_folder()
+        files.write_whole(folder / "result", lambda file: file.write(b"1"))
+        (folder / "plain").write_bytes(b"1")
+        self.assertEqual((folder / "result").stat().st_mode, (folder / "plain").stat().st_mode)
+
+
+class TestTables(unittest.TestCase):
+    def setUp(self):
+        self.path = new_folder() / "new" / "table.csv"
+
+    def test_round_trip(self):
+        rows = [{"name": "De³, σ = 50", "value": ""}, {"name": 'two\nlines, "quoted"', "value": "1"}]
+        self.assertEqual(files.read_table(self.path, FIELDS), [])
+        files.write_table(self.path, FIELDS, rows)
+        self.assertEqual(files.read_table(self.path, FIELDS), rows)
+        files.append_row(self.path, FIELDS, {"name": "last"})
+        self.assertEqual(files.read_table(self.path, FIELDS), [*rows, {"name": "last", "value": ""}])
+
+    def test_last_line_without_its_end(self):
+        files.write_whole(self.path, lambda file: file.write(b"name,value\na,1\nb,2"))
+        files.append_row(self.path, FIELDS, {"name": "c", "value": "3"})
+        self.assertEqual(self.path.read_text().splitlines(), ["name,value", "a,1", "b,2", "c,3"])
+
+    def test_damaged(self):
+        """Refused, with the line, and left as it is."""
+        for content, words in [(b"a,b\n1,2\n", "not a table of name ... value"),
+                               (b"name,value\na,1\nb\n", "line 3"), (b"name,value\na,1\nb", "line 3"),
+                               (b"name,value\na,1,2\nb,1\n", "line 2"),
+                               (b"name,value\na,1\n\xff,1\n", "line 3.*repair"),
+                               (b"\xff\xfe", "line 1.*repair"),
+                               (b'name,value\na,"1\nb,2\n', "line 4.*repair")]:
+            with self.subTest(content):
+                files.write_whole(self.path, lambda file: file.write(content))
+                for act in (files.read_table, files.append_row):
+                    with self.assertRaisesRegex(UserError, words) as refusal:
+                        act(self.path, FIELDS, *([{}] if act is files.append_row else []))
+                    self.assertEqual(len(str(refusal.exception).splitlines()), 1)
+                self.assertEqual(self.path.read_bytes(), content)
+
+    def test_several_append(self):
+        """No row is lost."""
+        def append(letter):
+            for number in range(15):
+                files.append_row(self.path, FIELDS, {"name": letter, "value": number})
+        self.assertEqual(in_processes(append, ("a",), ("b",), ("c",)), [0, 0, 0])
+        found = {(row["name"], row["value"]) for row in read_csv(self.path)}
+        self.assertEqual(found, {(letter, str(number)) for letter in "abc" for number in range(15)})
+
+    def test_log(self):
+        """A log of other columns, or with a damaged row, is named and kept."""
+        for content in ("epoch,loss\n1,2\n", ",".join(training.LOG_FIELDS) + "\n1,0.5\n"):
+            files.write_whole(self.path, lambda file: file.write(content.encode()))
+            with self.assertRaisesRegex(UserError, str(self.path)):
+                training.write_log_row(self.path, {"epoch": 2})
+            self.assertEqual(self.path.read_text(), content)
+
+    def test_attack_table_is_checked_first(self):
+        """Before a single gradient is computed."""
+        runs, *_ = digits_runs()
+        classifier = runs / "digits" / digits_names()[0]
+        flags = ("--classifier", classifier, "--sigma", 0, "--images", 2, "--steps", 1, "--runs")
+        folder, no_attack = new_folder(), mock.patch("attack.pgd", side_effect=AssertionError)
+        (folder / "digits").mkdir()
+        table = folder / "digits" / "attack.csv"
+        table.write_text(",".join(evaluation.FIELDS) + "\nDe³,1\n", encoding="utf-8")
+        with no_attack:
+            assert_refused(run("attack", *flags, folder), ("line 2", table))
+            table.write_text("a,b\n")
+            assert_refused(run("attack", *flags, folder), ("not a table", table))
+            assert_refused(run("attack", *flags, table), (table, "--runs"))  # no folder at all
