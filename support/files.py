@@ -17,8 +17,6 @@ except ImportError:  # Windows: there nothing keeps two processes apart
 HELD = []  # the lock files that this process has opened for good
 
 
-# ---------------------------------------------------------------------------------- whole files
-
 def write_whole(path, save):
     """save(file) beside `path`, then move into place: a kill leaves the old file whole.
 
@@ -44,19 +42,13 @@ def write_whole(path, save):
 
 
 def flush_folder(folder):
-    """Have the names in a folder on the disk, where the system can: no power failure takes them back."""
+    """Have a folder's names on the disk, where the system can: no power failure takes them back."""
     with contextlib.suppress(OSError):
         descriptor = os.open(folder, os.O_RDONLY)
         try:
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
-
-
-def remove_leftovers(path):
-    """Remove what killed writers of `path` left; for the holder of its folder's lock."""
-    for temporary in path.parent.glob(f".{path.name}.*.tmp"):
-        temporary.unlink(missing_ok=True)
 
 
 def check_writable(folder):
@@ -68,8 +60,6 @@ def check_writable(folder):
         raise UserError(f"{folder} cannot be written to ({error.strerror}): choose another --runs, or "
                         "make it writable") from None
 
-
-# ---------------------------------------------------------------------------------------- locks
 
 def take_lock(path, wait):
     """Open a file and lock it until it is closed: the open file, None where another process has it.
@@ -97,9 +87,9 @@ def hold_folder(folder):
     if lock is None:
         raise UserError(f"another process is training in {folder}: wait for it, or use another --runs")
     HELD.append(lock)
+    for left_over in folder.glob(".checkpoint.pt.*.tmp"):  # of runs that were killed
+        left_over.unlink()
 
-
-# --------------------------------------------------------------------------------------- tables
 
 def read_table(path, fields):
     """The rows of a CSV file, dicts of text; none where there is no file.
@@ -108,7 +98,6 @@ def read_table(path, fields):
     """
     if not path.exists():
         return []
-    repair = "repair that line, or move the file away"
     with open(path, "rb") as file:
         table, rows = csv.DictReader(map(bytes.decode, file), strict=True), []
         try:
@@ -116,12 +105,11 @@ def read_table(path, fields):
                 raise UserError(f"{path} is not a table of {fields[0]} ... {fields[-1]}: move it away")
             for row in table:
                 if None in row or None in row.values():
-                    raise UserError(f"line {table.line_num} of {path} is cut off, or has too many "
-                                    f"fields: {repair}")
+                    raise csv.Error("cut off, or with too many fields")
                 rows.append(row)
         except (UnicodeDecodeError, csv.Error) as error:
-            near = table.reader.line_num + 1
-            raise UserError(f"{path} is damaged near line {near} ({error}): {repair}") from None
+            raise UserError(f"{path} is damaged near line {table.reader.line_num} ({error}): repair "
+                            "that line, or move the file away") from None
     return rows
 
 
