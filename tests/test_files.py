@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import signal
 import stat
 import unittest
 from unittest import mock
@@ -128,3 +129,71 @@ class TestTables(unittest.TestCase):
             table.write_text("a,b\n")
             assert_refused(run("attack", *flags, folder), ("not a table", table))
             assert_refused(run("attack", *flags, table), (table, "--runs"))  # no folder at all
+
+
+class TestLocks(unittest.TestCase):
+    def hold(self, folder):
+        """In a process of its own: exit code 3 where another has the folder."""
+        def attempt():
+            try:
+                files.hold_folder(folder)
+            except UserError as refusal:
+                sentence = f"another process is training in {folder}: "
+                os._exit(3 if str(refusal).startswith(sentence) else 4)
+        return in_processes(attempt, ())[0]
+
+    def test_one_process_at_a_time(self):
+        """The same process may train twice in a folder."""
+        folder = new_folder() / "run"
+        self.assertEqual(self.hold(folder), 0)
+        files.hold_folder(folder)
+        files.hold_folder(folder)
+        self.assertEqual(self.hold(folder), 3)
+        self.assertEqual(self.hold(new_folder()), 0)
+
+    def test_killed(self):
+        """Its lock is free at once, also while a process that it started (to load images) lives on."""
+        folder, fork = new_folder(), multiprocessing.get_context("fork")
+        ready, loader = fork.Event(), fork.Value("i")
+
+        def train():
+            files.hold_folder(folder)
+            number = os.fork()
+            if number:  # not in the loading process
+                loader.value = number
+                ready.set()
+            signal.pause()
+        running = fork.Process(target=train)
+        running.start()
+        self.assertTrue(ready.wait(30))
+        self.assertEqual(self.hold(folder), 3)
+        running.kill()
+        running.join()
+        self.assertEqual(self.hold(folder), 0)
+        os.kill(loader.value, signal.SIGKILL)
+
+    def test_without_locks(self):
+        """Windows has none; nothing else changes."""
+        folder = new_folder() / "run"
+        with mock.patch.object(files, "fcntl", None):
+            files.hold_folder(folder)
+            files.append_row(folder / "table.csv", FIELDS, {"name": "a"})
+        self.assertEqual(self.hold(folder), 0)
+
+    def test_leftovers(self):
+        """Half files of killed runs are removed, others are not touched."""
+        folder = new_folder()
+        for name in (".checkpoint.pt.0123.tmp", "checkpoint.pt", ".hidden", "x.tmp"):
+            (folder / name).write_bytes(b"half")
+        files.hold_folder(folder)
+        kept = sorted(path.name for path in folder.iterdir())
+        self.assertEqual(kept, [".hidden", ".lock", "checkpoint.pt", "x.tmp"])
+
+    def test_unwritable(self):
+        """Told before anything is trained."""
+        no_training = mock.patch.object(training, "EpochLog", side_effect=AssertionError)
+        a_file = new_folder() / "file"
+        a_file.write_text("in the way")
+        with no_training:
+            for script, flags in (("pretrain", ()), ("finetune", ("--mode", "clean", "--from-scratch"))):
+                assert_refused(run(script, *flags, "--runs", a_file), (a_file, "choose another --runs"))
