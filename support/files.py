@@ -14,7 +14,7 @@ try:
 except ImportError:  # Windows: there nothing keeps two processes apart
     fcntl = None
 
-HELD = []  # the lock files that this process has opened for good
+HELD = {}  # {(process, lock file): its descriptor} of the runs that are trained here
 
 
 def write_whole(path, save):
@@ -62,31 +62,33 @@ def check_writable(folder):
 
 
 def take_lock(path, wait):
-    """Open a file and lock it until it is closed: the open file, None where another process has it.
+    """Make and lock a file: its descriptor, whose closing unlocks it; None if another process has it.
 
-    The system releases it however the process ends. A process may take it twice; the processes that
-    it forks do not have it.
+    The system unlocks it however the process ends, and does not share it with processes it forks.
     """
-    file = open(path, "a")
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
     if fcntl is None:
-        return file
+        return descriptor
     try:
-        fcntl.lockf(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.lockf(descriptor, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError):
-        file.close()
+        os.close(descriptor)
         return None
     except OSError:
         pass  # a file system without locks
-    return file
+    return descriptor
 
 
 def hold_folder(folder):
     """Keep other processes from training in a folder until this one ends; UserError if one does."""
     check_writable(folder)
-    lock = take_lock(folder / ".lock", wait=False)
+    path = folder / ".lock"
+    if (os.getpid(), path) in HELD and path.exists():
+        return
+    lock = take_lock(path, wait=False)
     if lock is None:
         raise UserError(f"another process is training in {folder}: wait for it, or use another --runs")
-    HELD.append(lock)
+    HELD[os.getpid(), path] = lock
     for left_over in folder.glob(".checkpoint.pt.*.tmp"):  # of runs that were killed
         left_over.unlink()
 
@@ -125,5 +127,8 @@ def write_table(path, fields, rows):
 def append_row(path, fields, row):
     """Add a row to a table; of several processes one after another does."""
     check_writable(path.parent)
-    with take_lock(path.with_name(f".{path.name}.lock"), wait=True):
+    lock = take_lock(path.with_name(f".{path.name}.lock"), wait=True)
+    try:
         write_table(path, fields, [*read_table(path, fields), row])
+    finally:
+        os.close(lock)

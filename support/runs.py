@@ -30,7 +30,7 @@ TYPES = {  # of the entries of a checkpoint, and of those of its config
     "autoencoder": (dict(CHECKPOINT, task=str), dict(VIT, decoder_embed_dim=int, decoder_depth=int,
                                                      decoder_num_heads=int, norm_pix=bool)),
     "classifier": (dict(CHECKPOINT, mode=str, keep_visible=bool, classes=(list, type(None))),
-                   dict(VIT, num_classes=int)),
+                   dict(VIT, num_classes=int, drop_path=(int, float))),
 }
 
 
@@ -192,6 +192,7 @@ def implausible(checkpoint):
     holds = {
         "config": all(0 <= value < 100_000 for value in counts),
         "config mean or std": [type(part) for part in config["mean"] + config["std"]] == [float] * 6,
+        "config drop_path": 0 <= config.get("drop_path", 0) <= 1,
         "settings": all(isinstance(text, str) for text in [*settings, *settings.values()]),
         "model": all(isinstance(name, str) and torch.is_tensor(state[name]) for name in state),
         "epoch": 0 <= checkpoint["epoch"] <= checkpoint["epochs"],
