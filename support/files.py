@@ -82,7 +82,7 @@ def take_lock(path, wait):
 def hold_folder(folder):
     """Keep other processes from training in a folder until this one ends; UserError if one does."""
     check_writable(folder)
-    path = folder / ".lock"
+    path = folder.resolve() / ".lock"
     if (os.getpid(), path) in HELD and path.exists():
         return
     lock = take_lock(path, wait=False)

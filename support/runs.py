@@ -23,6 +23,7 @@ from model import SIZES, Autoencoder, Classifier, UserError
 from support import data, files
 from support.cli import process_count, rank, sum_over_processes
 
+LOG_FIELDS = ("epoch", "loss", "accuracy", "lr", "images_per_second", "command", "torch", "commit")
 CHECKPOINT = dict(config=dict, settings=dict, model=dict, epoch=int, epochs=int)
 VIT = dict(image_size=int, patch_size=int, embed_dim=int, depth=int, num_heads=int,
            mean=tuple, std=tuple)
@@ -136,11 +137,12 @@ def save_checkpoint(path, checkpoint):
 def read_weights(path):
     """A file of weights: tensors and plain values only, so that loading it cannot run code.
 
-    The one class let through is argparse.Namespace, which MAE's training checkpoints hold.
+    Checksums are tested, which torch.load ignores. The one class let through is argparse.Namespace,
+    which MAE's training checkpoints hold.
     """
     try:
         with open(path, "rb") as file:
-            is_archive = file.read(4) == b"PK\x03\x04"  # its checksums are not torch.load's concern
+            is_archive = file.read(4) == b"PK\x03\x04"  # older formats have no checksums
             if is_archive and zipfile.ZipFile(file).testzip():
                 raise zipfile.BadZipFile("a checksum differs")
         with torch.serialization.safe_globals([argparse.Namespace]):
@@ -249,6 +251,7 @@ def open_run(path, kind, settings, args, model, optimizer):
         raise UserError("--resume and --overwrite exclude each other")
     if rank() == 0:
         files.hold_folder(path.parent)
+        files.read_table(path.with_name("log.csv"), LOG_FIELDS)  # told now, not after an epoch
     sum_over_processes(0)  # nobody reads before
     found = path.exists() and not args.overwrite
     checkpoint = load_checkpoint(path, kind) if found else {"epoch": -1}

@@ -16,8 +16,6 @@ from torchvision.transforms import InterpolationMode, v2
 from model import UserError
 from support import cli, files, runs
 
-LOG_FIELDS = ("epoch", "loss", "accuracy", "lr", "images_per_second", "command", "torch", "commit")
-
 
 def pretrain_transform(image_size):
     """RandomResizedCrop(0.2..1, bicubic) and flip."""
@@ -211,5 +209,5 @@ class EpochLog:
 def write_log_row(path, row):
     """Put the row of an epoch behind those of earlier epochs."""
     earlier = [str(epoch) for epoch in range(1, row["epoch"])]
-    rows = [old for old in files.read_table(path, LOG_FIELDS) if old["epoch"] in earlier]
-    files.write_table(path, LOG_FIELDS, [*rows, row])
+    rows = [old for old in files.read_table(path, runs.LOG_FIELDS) if old["epoch"] in earlier]
+    files.write_table(path, runs.LOG_FIELDS, [*rows, row])

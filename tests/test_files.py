@@ -8,7 +8,7 @@ import unittest
 from unittest import mock
 
 from model import UserError
-from support import evaluation, files, training
+from support import evaluation, files, runs, training
 from tests.helpers import (assert_refused, digits_names, digits_runs, in_processes, new_folder,
                            read_csv, run)
 
@@ -98,8 +98,14 @@ class TestTables(unittest.TestCase):
         self.assertEqual(found, {(letter, str(number)) for letter in "abc" for number in range(15)})
 
     def test_log(self):
-        """A log of other columns, or with a damaged row, is named and kept."""
-        for content in ("epoch,loss\n1,2\n", ",".join(training.LOG_FIELDS) + "\n1,0.5\n"):
+        """A log of other columns, or with a damaged row, is named and kept; before the training."""
+        folder, flags = new_folder(), ("--epochs", 2, "--warmup-epochs", 1, "--runs")
+        log = folder / "digits" / "nim_gamma10-12" / "log.csv"
+        no_training = mock.patch.object(training, "EpochLog", side_effect=AssertionError)
+        for content in ("epoch,loss\n1,2\n", ",".join(runs.LOG_FIELDS) + "\n1,0.5\n"):
+            files.write_whole(log, lambda file: file.write(content.encode()))
+            with no_training:
+                assert_refused(run("pretrain", *flags, folder), log)
             files.write_whole(self.path, lambda file: file.write(content.encode()))
             with self.assertRaisesRegex(UserError, str(self.path)):
                 training.write_log_row(self.path, {"epoch": 2})
@@ -107,8 +113,8 @@ class TestTables(unittest.TestCase):
 
     def test_attack_table_is_checked_first(self):
         """Before a single gradient is computed."""
-        runs, *_ = digits_runs()
-        classifier = runs / "digits" / digits_names()[0]
+        made, *_ = digits_runs()
+        classifier = made / "digits" / digits_names()[0]
         flags = ("--classifier", classifier, "--sigma", 0, "--images", 2, "--steps", 1, "--runs")
         folder, no_attack = new_folder(), mock.patch("attack.pgd", side_effect=AssertionError)
         (folder / "digits").mkdir()
