@@ -226,9 +226,10 @@ def load_optimizer(path, optimizer, saved):
     """Copy AdamW's moments; its groups stay as they are, and must hold the same parameters."""
     groups = optimizer.state_dict()["param_groups"]
     try:
-        fits = [group["params"] for group in saved["param_groups"]] == [
-            group["params"] for group in groups]
-        optimizer.load_state_dict({"state": saved["state"], "param_groups": groups})
+        state, saved_groups = dict(saved)["state"], dict(saved)["param_groups"]
+        layout = [dict(group)["params"] for group in saved_groups]
+        fits = layout == [group["params"] for group in groups]
+        optimizer.load_state_dict({"state": state, "param_groups": groups})
         for group in optimizer.param_groups:
             for parameter in group["params"]:
                 moments = optimizer.state[parameter]
@@ -241,6 +242,19 @@ def load_optimizer(path, optimizer, saved):
                         "with --overwrite")
 
 
+def prepare_folder(folder):
+    """Rank 0 makes and locks a run's folder before any process reads; what fails there stops all."""
+    problem = ""
+    if rank() == 0:
+        try:
+            files.hold_folder(folder)
+            files.read_table(folder / "log.csv", LOG_FIELDS)  # told now, not after an epoch
+        except UserError as error:
+            problem = str(error)
+    if sum_over_processes(bool(problem)) != [0]:
+        raise UserError(problem or f"rank 0 cannot train in {folder}")
+
+
 def open_run(path, kind, settings, args, model, optimizer):
     """Load what an earlier run saved at `path` into model and optimizer; returns its epoch, or 0.
 
@@ -249,10 +263,7 @@ def open_run(path, kind, settings, args, model, optimizer):
     """
     if args.overwrite and args.resume:
         raise UserError("--resume and --overwrite exclude each other")
-    if rank() == 0:
-        files.hold_folder(path.parent)
-        files.read_table(path.with_name("log.csv"), LOG_FIELDS)  # told now, not after an epoch
-    sum_over_processes(0)  # nobody reads before
+    prepare_folder(path.parent)
     found = path.exists() and not args.overwrite
     checkpoint = load_checkpoint(path, kind) if found else {"epoch": -1}
     epoch = checkpoint["epoch"]

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 
 from model import De3, UserError
-from support import evaluation, runs, training as training_steps, weights
+from support import evaluation, files, runs, training as training_steps, weights
 from tests.helpers import (assert_near, assert_refused, finished, in_processes, new_folder, photo_flags,
                            photo_runs, photos, process, random_images, run, small_autoencoder,
                            small_classifier, training)
@@ -273,8 +273,8 @@ class TestProcesses(unittest.TestCase):
                     runs.open_run(folder / "checkpoint.pt", "autoencoder", whole["settings"], args,
                                   model, optimizer)
             except UserError as error:
-                sentence = "the processes do not find the same .*: choose a --runs folder"
-                os._exit(3 if re.match(sentence, str(error)) else 4)
+                not_shared = "the processes do not find the same .*: choose a --runs folder"
+                os._exit(3 if re.match(not_shared, str(error)) else 4)
         return in_processes(attempt, *enumerate(folders))
 
     def test_folders_that_are_not_shared(self):
@@ -288,3 +288,5 @@ class TestProcesses(unittest.TestCase):
                 self.assertEqual(self.open_run(folders, resume), [3, 3])
         for folder in (none, old, new):
             self.assertEqual(self.open_run((folder, folder)), [0, 0])
+        files.hold_folder(new)
+        self.assertEqual(self.open_run((new, new)), [4, 4])  # trained here: both are told

@@ -191,5 +191,5 @@ class TestLocks(unittest.TestCase):
         a_file = new_folder() / "file"
         a_file.write_text("in the way")
         with no_training:
-            for script, flags in (("pretrain", ()), ("finetune", ("--mode", "clean", "--from-scratch"))):
+            for script, *flags in (["pretrain"], ["finetune", "--mode", "clean", "--from-scratch"]):
                 assert_refused(run(script, *flags, "--runs", a_file), (a_file, "choose another --runs"))
