@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 
 from model import UserError, check_images
-from support import cli, data, evaluation, runs, training
+from support import cli, data, evaluation, training
 
 DRAWS = 5  # fresh draws of a random defense that score it
 FOOLED_MARGIN = 1e-3  # early stop: fooled only above this, so that rounding cannot undo it
@@ -262,7 +262,7 @@ def main():
                         "and --attack")
     own_images, images_in_all, _ = evaluation.load_test_images(args, checkpoint)
     batches = evaluation.test_batches(args, own_images, device)
-    table, progress = runs.data_folder(args.runs, args.data) / "attack.csv", cli.Progress()
+    table, progress = evaluation.open_table(args), cli.Progress()
     width = max(len(defense.words) for defense in defenses)
     print(f"{images_in_all} {args.split} images, {args.norm}, {args.steps} steps, EOT {args.eot}, "
           f"{args.restarts} restart(s), loss {'+'.join(args.loss)}, {args.threat}-box, {DRAWS} draws, "

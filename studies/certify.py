@@ -9,15 +9,13 @@ confidence: (σ/255)·Φ⁻¹(p), p a lower bound of that class's probability. T
 the classifier's folder.
 """
 
-import csv
-import io
 import math
 from statistics import NormalDist
 
 import torch
 
 from model import UserError
-from support import cli, data, evaluation, runs, training
+from support import cli, data, evaluation, files, runs, training
 
 ALPHA = 0.001  # probability that the bound is wrong
 CORNERS = (8, 16)  # of L∞ balls of these eps (x 255), shown beside the radii
@@ -109,13 +107,11 @@ def print_table(rows, de3, n, image_shape):
 
 def save_table(path, rows):
     """One row for each image; ABSTAIN where no class can be certified."""
-    text = io.StringIO(newline="")
-    table = csv.DictWriter(text, list(rows[0]))
-    table.writeheader()
+    in_text = []
     for row in rows:
         predicted = "ABSTAIN" if row["predicted"] is None else row["predicted"]
-        table.writerow({**row, "predicted": predicted, "l2_radius": f"{row['l2_radius']:.6f}"})
-    runs.write_whole(path, lambda file: file.write(text.getvalue().encode()))
+        in_text.append({**row, "predicted": predicted, "l2_radius": f"{row['l2_radius']:.6f}"})
+    files.write_table(path, list(rows[0]), in_text)
     print(f"wrote {path}\n")
 
 

@@ -17,8 +17,6 @@ without it would claim; "l2" and "l2 twice" are PGD in L2 with EOT, at --l2 and 
 threat that nobody trained for.
 """
 
-import csv
-import io
 import time
 from statistics import mean, stdev
 
@@ -27,7 +25,7 @@ import torch
 from attack import accuracy, pgd
 from model import De3, UserError
 from studies.tables import folders, missing_commands, table_of
-from support import cli, data, evaluation, runs, training, weights
+from support import cli, data, evaluation, files, runs, training, weights
 
 TRIES, KNOWN_NOISES = 10, 3
 COLUMN = 17  # width of a column of the printed table
@@ -98,26 +96,6 @@ def measure(de3, batches, args, show):
 
 # ------------------------------------------------------------------------------------ the script
 
-def read_rows(path):
-    """The cells measured before; UserError for another file of that name."""
-    if not path.exists():
-        return []
-    with open(path, newline="", encoding="utf-8") as file:
-        table = csv.DictReader(file)
-        if table.fieldnames != FIELDS:
-            raise UserError(f"{path} is not a table of this compare.py: move it away")
-        return list(table)
-
-
-def write_rows(path, rows):
-    """The whole table, moved into place."""
-    text = io.StringIO(newline="")
-    table = csv.DictWriter(text, FIELDS)
-    table.writeheader()
-    table.writerows(rows)
-    runs.write_whole(path, lambda file: file.write(text.getvalue().encode()))
-
-
 def print_table(rows, args):
     """Mean (and standard deviation) over the seeds, a line for each defense and level."""
     columns = ["clean", "worst", "one_shot", "ten_tries", "noise_known", "no_eot", "l2", "l2_twice",
@@ -172,7 +150,7 @@ def main():
     if missing:
         raise UserError("models are missing; make them with: " + " && ".join(missing))
     path = runs.data_folder(args.runs, args.data) / "compare.csv"
-    measured, rows, progress = read_rows(path), [], cli.Progress()
+    measured, rows, progress = files.read_table(path, FIELDS), [], cli.Progress()
     for entry in entries:
         for seed in args.seeds:
             _, folder = folders(entry, args, seed)
@@ -205,7 +183,7 @@ def main():
                 row["seconds"] = f"{time.time() - started:.1f}"
                 rows.append({**dict.fromkeys(FIELDS, ""), **row})
                 measured.append(rows[-1])
-                write_rows(path, measured)
+                files.append_row(path, FIELDS, rows[-1])
                 print(f"{words}: clean {row['clean']}, one shot {row['one_shot']}, {row['seconds']} s",
                       flush=True)
     print_table(rows, args)

@@ -17,7 +17,7 @@ from pathlib import Path
 from statistics import mean, stdev
 
 from model import UserError
-from support import cli, runs
+from support import cli, files
 
 SHOWN = ("undefended", "adversarial training 16/255", "adversarial training 4/255", "noise only", "De³",
          "De³, the paper's Γ(25, 3), U(0, 30)", "De³, fine-tuned on U(0, 60)",
@@ -63,7 +63,7 @@ def new_figure(height):
 def save(figure, path, title):
     """Write the figure as a PNG with this title."""
     figure.suptitle(title, fontsize=12)
-    runs.write_whole(Path(path), lambda file: figure.savefig(file, dpi=110, bbox_inches="tight"))
+    files.write_whole(Path(path), lambda file: figure.savefig(file, dpi=110, bbox_inches="tight"))
     print(f"wrote {path}")
 
 

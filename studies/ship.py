@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from support import cli, runs
+from support import cli, files, runs
 
 
 def without_folders(words):
@@ -33,7 +33,7 @@ def halve(checkpoint):
 
 def write(path, checkpoint):
     """Save a checkpoint and say how large it is."""
-    runs.write_whole(path, lambda file: torch.save(checkpoint, file))
+    files.write_whole(path, lambda file: torch.save(checkpoint, file))
     print(f"wrote {path}, {path.stat().st_size / 1e6:.1f} MB")
 
 

@@ -1,6 +1,5 @@
 """What the later stages and the studies share: which defenses, on which images, under which names."""
 
-import csv
 import os
 from pathlib import Path
 from statistics import NormalDist
@@ -9,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 
 from model import De3, UserError
-from support import cli, data, runs, weights
+from support import cli, data, files, runs, weights
 
 BATCH = 120  # images that are evaluated together; at most --max-batch
 FIELDS = ("defense run autoencoder sigma mask_ratio attack norm eps steps step_size restarts eot loss "
@@ -179,24 +178,22 @@ def row_of(defense, args, settings, **measured):
         precision="bf16" if args.bf16 else "fp32", **measured)
 
 
+def open_table(args):
+    """The path of attack.csv; UserError, before hours of work, where no row could be added to it."""
+    path = runs.data_folder(args.runs, args.data) / "attack.csv"
+    files.check_writable(path.parent)
+    files.read_table(path, FIELDS)
+    return path
+
+
 def append_row(path, row):
     """One more line in the table, which keeps the rows of earlier runs."""
-    if cli.rank() > 0:
-        return
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "a+", newline="", encoding="utf-8") as file:
-        file.seek(0)
-        header = file.readline().strip()
-        if header not in ("", ",".join(FIELDS)):
-            raise UserError(f"{path} is not a table of this attack.py: move it away")
-        table = csv.DictWriter(file, FIELDS)
-        if not header:
-            table.writeheader()
-        table.writerow(row)
+    if cli.rank() == 0:
+        files.append_row(path, FIELDS, row)
 
 
 def save_arrays(path, **tensors):
     """Tensors as a .npz file, one array each."""
     arrays = {name: tensor.cpu().numpy() for name, tensor in tensors.items()}
-    runs.write_whole(Path(path), lambda file: np.savez_compressed(file, **arrays))
+    files.write_whole(Path(path), lambda file: np.savez_compressed(file, **arrays))
     print(f"wrote {path}")

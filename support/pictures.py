@@ -7,7 +7,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torchvision.transforms.functional import to_pil_image
 
 from model import De3, add_noise, unpatchify
-from support import cli, data, runs, training
+from support import cli, data, files, training
 
 CELL, GAP, TEXT = 112, 6, 15  # pixels: side of an image, space between, height of the letters
 WRONG = "#c1121f"  # red that stays dark in gray
@@ -75,7 +75,7 @@ def draw_sheet(path, heading, columns, rows):
             draw.text((x, top + CELL), row.captions[column], font=font,
                       fill=WRONG if row.wrong[column] else "black")
         top += height
-    runs.write_whole(path, lambda file: sheet.save(file, "png"))
+    files.write_whole(path, lambda file: sheet.save(file, "png"))
     print(f"wrote {path}")
 
 

@@ -6,14 +6,13 @@ well, see seed_epoch), settings (what decides the weights), and what the later s
 """
 
 import argparse
-import contextlib
 import functools
 import hashlib
-import io
 import os
 import shlex
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import torch
@@ -22,17 +21,29 @@ from torchvision.models import resnet18
 from torchvision.transforms import Normalize
 
 from model import SIZES, Autoencoder, Classifier, UserError
-from support import cli, data
-from support.cli import rank
-
+from support import cli, data, files
 
 ASSETS = Path(__file__).parents[1] / "assets"
+LOG_FIELDS = ("epoch", "loss", "accuracy", "lr", "images_per_second", "command", "torch", "commit")
+CHECKPOINT = dict(config=dict, settings=dict, model=dict, epoch=int, epochs=int)
+VIT = dict(image_size=int, patch_size=int, embed_dim=int, depth=int, num_heads=int,
+           mean=tuple, std=tuple)
+TYPES = {  # of the entries of a checkpoint, and of those of its config
+    "autoencoder": (dict(CHECKPOINT, task=str), dict(VIT, decoder_embed_dim=int, decoder_depth=int,
+                                                     decoder_num_heads=int, norm_pix=bool)),
+    "classifier": (dict(CHECKPOINT, mode=str, keep_visible=bool, classes=(list, type(None))),
+                   dict(VIT, num_classes=int, drop_path=(int, float))),
+}
+
 
 # ------------------------------------------------------------------------------ names of folders
 
 def data_folder(runs, name):
     """RUNS/<data>: the name of the data set, or of the folder it lies in."""
-    return Path(runs) / (name if name in data.DEFAULTS else Path(name).resolve().name)
+    if name in data.DEFAULTS:
+        return Path(runs) / name
+    folder = Path(name).resolve().name
+    return Path(runs) / (f"{folder}-folder" if folder in data.DEFAULTS else folder)
 
 
 def run_folder(parent, seed, names):
@@ -139,24 +150,6 @@ def stage_command(stage, args):
 
 # ---------------------------------------------------------------------------------- checkpoints
 
-def write_whole(path, save):
-    """save(file) beside `path`, then move into place: a kill leaves the old file whole."""
-    buffer, temporary = io.BytesIO(), path.with_suffix(".tmp")
-    save(buffer)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(temporary, "wb") as file:
-            file.write(buffer.getbuffer())
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
-        raise UserError(f"could not save {path} ({error}); what was saved before is kept: make room, "
-                        "and go on with the same command (training: and --resume)") from None
-
-
 @functools.cache
 def provenance():
     """What a result came from: the command, the torch version and, in a checkout, the commit."""
@@ -170,16 +163,21 @@ def provenance():
 
 def save_checkpoint(path, checkpoint):
     """Write a checkpoint, in the process of rank 0."""
-    if rank() == 0:
-        write_whole(path, lambda file: torch.save(checkpoint, file))
+    if cli.rank() == 0:
+        files.write_whole(path, lambda file: torch.save(checkpoint, file))
 
 
 def read_weights(path):
     """A file of weights: tensors and plain values only, so that loading it cannot run code.
 
-    The one class let through is argparse.Namespace, which MAE's training checkpoints hold.
+    Checksums are tested, which torch.load ignores. The one class let through is argparse.Namespace,
+    which MAE's training checkpoints hold.
     """
     try:
+        with open(path, "rb") as file:
+            is_archive = file.read(4) == b"PK\x03\x04"  # older formats have no checksums
+            if is_archive and zipfile.ZipFile(file).testzip():
+                raise zipfile.BadZipFile("a checksum differs")
         with torch.serialization.safe_globals([argparse.Namespace]):
             return torch.load(path, map_location="cpu", weights_only=True)
     except (FileNotFoundError, IsADirectoryError):
@@ -190,14 +188,104 @@ def read_weights(path):
                         f"loaded ({reason}); make it again (--overwrite) or get it again") from None
 
 
-def load_checkpoint(path, kind):
-    """Read a checkpoint of this project; UserError where it is another kind of file."""
-    checkpoint = read_weights(path)
-    if not isinstance(checkpoint, dict) or not {"kind", "config", "model", "epoch"} <= set(checkpoint):
+def check_finite(path, state):
+    """UserError unless every one of these tensors is finite."""
+    for name, value in state.items():
+        if not value.isfinite().all():
+            raise UserError(f"{path}: {name} is not finite; make it again (--overwrite)")
+
+
+def check_checkpoint(path, checkpoint, kind):
+    """UserError unless it is a checkpoint of this project and kind, every entry there and plausible."""
+    if not isinstance(checkpoint, dict) or checkpoint.get("kind") not in list(TYPES):
         raise UserError(f"{path} is not a checkpoint of this project")
     if checkpoint["kind"] != kind:
         raise UserError(f"{path} holds {checkpoint['kind']} weights where {kind} weights are needed")
+    entries, arguments = TYPES[kind]
+    wrong = of_other_types(checkpoint, entries)
+    wrong = wrong or [f"config {name}" for name in of_other_types(checkpoint["config"], arguments)]
+    wrong = wrong or implausible(checkpoint)
+    if wrong:
+        raise UserError(f"{path}: its entry {wrong[0]!r} is missing or damaged; make it again "
+                        "(--overwrite) or get it again")
+    check_finite(path, checkpoint["model"])
+
+
+def of_other_types(entries, types):
+    """The names of the entries that are missing, or not of their type."""
+    return [name for name, its_type in types.items()
+            if name not in entries or not isinstance(entries[name], its_type)]
+
+
+def implausible(checkpoint):
+    """The names of entries of the right type that no run can have written."""
+    config, settings, state = checkpoint["config"], checkpoint["settings"], checkpoint["model"]
+    counts = [value for value in config.values() if isinstance(value, int)]
+    classes = []
+    if checkpoint["kind"] == "classifier":
+        classes = checkpoint["classes"] or []
+    holds = {
+        "config": all(0 <= value < 100_000 for value in counts),
+        "config mean or std": [type(part) for part in config["mean"] + config["std"]] == [float] * 6,
+        "config drop_path": 0 <= config.get("drop_path", 0) <= 1,
+        "settings": all(isinstance(text, str) for text in [*settings, *settings.values()]),
+        "model": all(isinstance(name, str) and torch.is_tensor(state[name]) for name in state),
+        "epoch": 0 <= checkpoint["epoch"] <= checkpoint["epochs"],
+        "task": checkpoint.get("task", "nim") in ("nim", "mim"),
+        "mode": checkpoint.get("mode", "clean") in ("clean", "de3", "no-denoise"),
+        "classes": all(isinstance(name, str) for name in classes)
+        and len(classes) in (0, config.get("num_classes")),
+        "command": isinstance(checkpoint.get("command", ""), str)}
+    return [name for name in holds if not holds[name]]
+
+
+def load_checkpoint(path, kind):
+    """Read a checkpoint of this project; UserError where it is another kind of file."""
+    checkpoint = read_weights(path)
+    check_checkpoint(path, checkpoint, kind)
     return checkpoint
+
+
+def load_state(path, model, state):
+    """Copy the weights of a checkpoint into a model; UserError where a name or a shape differs."""
+    try:
+        model.load_state_dict(state)
+    except RuntimeError as error:
+        difference = str(error).splitlines()[1].strip()[:200]  # below the line that announces it
+        raise UserError(f"{path} does not fit this code: {difference}") from None
+
+
+def load_optimizer(path, optimizer, saved):
+    """Copy AdamW's moments; its groups stay as they are, and must hold the same parameters."""
+    groups = optimizer.state_dict()["param_groups"]
+    try:
+        state, saved_groups = dict(saved)["state"], dict(saved)["param_groups"]
+        layout = [dict(group)["params"] for group in saved_groups]
+        fits = layout == [group["params"] for group in groups]
+        optimizer.load_state_dict({"state": state, "param_groups": groups})
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                moments = optimizer.state[parameter]
+                shapes = [moments[name].shape for name in ("step", "exp_avg", "exp_avg_sq")]
+                fits = fits and shapes == [(), parameter.shape, parameter.shape]
+    except Exception:  # what is damaged fails in many ways
+        fits = False
+    if not fits:
+        raise UserError(f"{path}: its entry 'optimizer' is missing, or of another model: train anew "
+                        "with --overwrite")
+
+
+def prepare_folder(folder):
+    """Rank 0 makes and locks a run's folder before any process reads; what fails there stops all."""
+    problem = ""
+    if cli.rank() == 0:
+        try:
+            files.hold_folder(folder)
+            files.read_table(folder / "log.csv", LOG_FIELDS)  # told now, not after an epoch
+        except UserError as error:
+            problem = str(error)
+    if cli.sum_over_processes(bool(problem)) != [0]:
+        raise UserError(problem or f"rank 0 cannot train in {folder}")
 
 
 def open_run(path, kind, settings, args, model, optimizer):
@@ -208,11 +296,17 @@ def open_run(path, kind, settings, args, model, optimizer):
     """
     if args.overwrite and args.resume:
         raise UserError("--resume and --overwrite exclude each other")
-    if args.overwrite or not path.exists():
+    prepare_folder(path.parent)
+    found = path.exists() and not args.overwrite
+    checkpoint = load_checkpoint(path, kind) if found else {"epoch": -1}
+    epoch = checkpoint["epoch"]
+    if cli.sum_over_processes(epoch) != [epoch * cli.process_count()]:
+        raise UserError(f"the processes do not find the same {path}: choose a --runs folder that all "
+                        "of them share")
+    if not found:
         print(f"{path.parent}: {'nothing saved yet, starting over' if args.resume else 'training'}")
         return 0
-    checkpoint = load_checkpoint(path, kind)
-    old, epoch = checkpoint["settings"], checkpoint["epoch"]
+    old = checkpoint["settings"]
     changed = [f"{key} {old.get(key)} there, {settings.get(key)} here"
                for key in sorted({*old, *settings}) if old.get(key) != settings.get(key)]
     if changed:
@@ -225,8 +319,8 @@ def open_run(path, kind, settings, args, model, optimizer):
     else:
         raise UserError(f"{path.parent} holds an unfinished run (epoch {epoch} of {args.epochs}): "
                         "go on with --resume, or train anew with --overwrite")
-    model.load_state_dict(checkpoint["model"])
-    optimizer.load_state_dict(checkpoint["optimizer"])
+    load_state(path, model, checkpoint["model"])
+    load_optimizer(path, optimizer, checkpoint.get("optimizer"))
     return epoch
 
 
@@ -252,14 +346,17 @@ def load_finished(folder, kind, device="cpu", make_it="pretrain.py, then finetun
         raise UserError(f"{path} is missing; make it with: {make_it}")
     checkpoint = load_checkpoint(path, kind)
     if checkpoint["epoch"] < checkpoint["epochs"]:
+        command = checkpoint.get("command", make_it).replace(" --overwrite", "")
+        if " --resume" not in command:
+            command += " --resume"
         raise UserError(f"{path} is unfinished (epoch {checkpoint['epoch']} of "
-                        f"{checkpoint['epochs']}); finish it with: {make_it} --resume")
+                        f"{checkpoint['epochs']}); finish it with: {command}")
     make_model = Autoencoder if kind == "autoencoder" else make_classifier
     try:
         model = make_model(**checkpoint["config"])
-        model.load_state_dict(checkpoint["model"])
-    except (TypeError, RuntimeError) as error:
+    except (TypeError, ValueError, ArithmeticError, RuntimeError) as error:
         raise UserError(f"{path} does not fit this code: {str(error).splitlines()[0]}") from None
+    load_state(path, model, checkpoint["model"])
     return model.to(device).eval().requires_grad_(False), checkpoint
 
 

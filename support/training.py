@@ -1,9 +1,7 @@
 """What both training stages share: augmentation, AdamW's groups, schedule, micro-batches, the log."""
 
 import contextlib
-import csv
 import functools
-import io
 import math
 import time
 
@@ -16,10 +14,9 @@ from torchvision import transforms
 from torchvision.transforms import InterpolationMode, v2
 
 from model import UserError
-from support import cli, runs
+from support import cli, files, runs
 
 LOOK_EVERY = 20  # micro-batches
-LOG_FIELDS = ("epoch", "loss", "accuracy", "lr", "images_per_second", "command", "torch", "commit")
 
 
 def pretrain_transform(image_size):
@@ -228,15 +225,6 @@ class EpochLog:
 
 def write_log_row(path, row):
     """Put the row of an epoch behind those of earlier epochs."""
-    rows = []
-    if path.exists():
-        with open(path, newline="") as file:
-            table = csv.DictReader(file)
-            if table.fieldnames != list(LOG_FIELDS):
-                raise UserError(f"{path} is not a log of this code: move it away, then --resume")
-            rows = [old for old in table if int(old["epoch"]) < row["epoch"]]
-    text = io.StringIO(newline="")
-    table = csv.DictWriter(text, LOG_FIELDS)
-    table.writeheader()
-    table.writerows([*rows, row])
-    runs.write_whole(path, lambda file: file.write(text.getvalue().encode()))
+    earlier = [str(epoch) for epoch in range(1, row["epoch"])]
+    rows = [old for old in files.read_table(path, runs.LOG_FIELDS) if old["epoch"] in earlier]
+    files.write_table(path, runs.LOG_FIELDS, [*rows, row])

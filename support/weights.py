@@ -21,7 +21,9 @@ def published_state(path, key="model"):
         if not isinstance(state, dict) or "patch_embed.proj.weight" not in state:
             continue
         if getattr(state.get("pos_embed"), "ndim", 3) == 3:
-            return {name: value for name, value in state.items() if torch.is_tensor(value)}
+            state = {name: value for name, value in state.items() if torch.is_tensor(value)}
+            runs.check_finite(path, state)
+            return state
     raise UserError(f"{path} holds no ViT weights under the names of MAE and timm")
 
 

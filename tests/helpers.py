@@ -10,6 +10,7 @@ import csv
 import functools
 import importlib
 import io
+import multiprocessing
 import os
 import re
 import shutil
@@ -217,6 +218,17 @@ def kill_after_first_save(script, flags, runs):
     running.kill()
     running.communicate()
     return saved.pop()
+
+
+def in_processes(function, *arguments_of_each):
+    """Call the function in forked processes, all at once, a tuple of arguments each: exit codes."""
+    fork = multiprocessing.get_context("fork")
+    processes = [fork.Process(target=function, args=arguments) for arguments in arguments_of_each]
+    for forked in processes:
+        forked.start()
+    for forked in processes:
+        forked.join()
+    return [forked.exitcode for forked in processes]
 
 
 def finished(result):

@@ -280,7 +280,7 @@ class TestFolder(unittest.TestCase):
             eager = functools.partial(torch.compile, backend="eager")
             with mock.patch("torch.compile", side_effect=eager) as compiled:
                 path, = finished(run("finetune", *flags, *more)).wrote()
-            self.assertEqual(compiled.call_count, 4 if more else 0)  # a trial, autoencoder 2, classifier
+            self.assertEqual(compiled.call_count, 4 if more else 0)  # a trial, 2, classifier
             weights.append(torch.load(path)["model"])
         for name, value in weights[0].items():
             assert_near(value, weights[1][name], 1e-4)

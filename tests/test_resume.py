@@ -36,14 +36,15 @@ class TestResume(unittest.TestCase):
         path = kill_after_first_save(script, flags, killed_runs)
         stopped = torch.load(path)["epoch"]
         self.assertTrue(1 <= stopped < 10)
-        path.with_suffix(".tmp").write_bytes(b"half a file")
+        left_over = path.with_name(".checkpoint.pt.0123.tmp")
+        left_over.write_bytes(b"half a file")
         assert_refused(run(script, *flags), "--resume")
         resumed = finished(run(script, *flags, "--resume"))
         self.assertIn(f"epoch {stopped} of 10", resumed.out)
         self.assertEqual(resumed.wrote(), [path])
         self.assert_same_weights(path, whole)
         self.assert_same_log(path, whole)
-        self.assertFalse(path.with_suffix(".tmp").exists())
+        self.assertFalse(left_over.exists())
 
     def test_pretrain(self):
         self.check("pretrain", new_folder(), new_folder())
@@ -108,7 +109,7 @@ class TestResume(unittest.TestCase):
         folder = new_folder()
         path = folder / "photos" / photo_autoencoder().name / "checkpoint.pt"
         path.parent.mkdir(parents=True)
-        path.with_suffix(".tmp").write_bytes(b"half a file")
+        path.with_name(".checkpoint.pt.0123.tmp").write_bytes(b"half a file")
         result = finished(run("pretrain", *training(), *photo_flags(folder), "--resume"))
         self.assertIn("starting over", result.out)
         self.assert_same_weights(path, photo_autoencoder() / "checkpoint.pt")

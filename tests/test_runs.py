@@ -10,7 +10,7 @@ from unittest import mock
 
 import torch
 
-from model import De3, NoiseScale, UserError
+from model import SIZES, De3, NoiseScale, UserError
 from support import runs
 from tests.helpers import (RunsCode, assert_near, assert_refused, digits_names, digits_runs, new_folder,
                            photo_autoencoder, random_images, run, small_autoencoder, small_classifier)
@@ -29,6 +29,8 @@ class TestFolders(unittest.TestCase):
                 (dict(size="small"), {}, "runs/digits/nim_gamma10-12_small"),
                 (dict(data="cifar10", size="small"), {}, "runs/cifar10/nim_gamma10-8"),
                 (dict(data="a/b/photos", size="base"), {}, "runs/photos/nim_gamma25-3"),
+                (dict(data="./digits", size="base"), {}, "runs/digits-folder/nim_gamma25-3"),
+                (dict(data="a/cifar10", size="base"), {}, "runs/cifar10-folder/nim_gamma25-3"),
                 ({}, dict(level=NoiseScale.parse("75")), "runs/digits/nim_75"),
                 ({}, dict(level=NoiseScale.parse("0")), "runs/digits/nim_0"),
                 ({}, dict(task="mim", level=0.75), "runs/digits/mim_0.75"),
@@ -78,7 +80,9 @@ class TestFolders(unittest.TestCase):
 
 class TestCheckpoints(unittest.TestCase):
     def checkpoint(self, **changes):
-        return dict(dict(kind="autoencoder", config={}, model={}, epoch=1, epochs=1), **changes)
+        color = dict(mean=(0.5,) * 3, std=(0.2,) * 3)
+        return dict(dict(kind="autoencoder", task="nim", settings={}, model={}, epoch=1, epochs=3,
+                         config=dict(SIZES["tiny"], norm_pix=False, **color)), **changes)
 
     def test_failed_save_keeps_the_old_file(self):
         path = new_folder() / "run" / "checkpoint.pt"
