@@ -57,8 +57,9 @@ def purify_photos(args, defenses, checkpoint, device):
             print(f"{path}  {words:>12}: {name} ({100 * confidence:.1f}%)")
             if de3.defended:
                 level = de3.level.replace("σ = ", "sigma").replace(" ", "")
-                (folder / run).mkdir(parents=True, exist_ok=True)
-                save_image(purified, folder / run / f"{number}_{path.stem}_{level}.png")
+                target = evaluation.results_folder(folder, run)
+                target.mkdir(parents=True, exist_ok=True)
+                save_image(purified, target / f"{number}_{path.stem}_{level}.png")
     if any(de3.defended for _, _, _, de3 in defenses):
         print(f"wrote purified images to {folder}/")
 

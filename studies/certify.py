@@ -149,9 +149,7 @@ def main():
         print(f"{words} ({run}): {len(own_images)} {args.split} images, class from {args.n0} draws, "
               f"bound from {args.n}, 99.9% confidence, seed {args.seed}\n")
         print_table(rows, de3, args.n, own_images[0][0].shape)
-        folder = runs.data_folder(args.runs, args.data) / run
-        if not folder.is_dir():  # of published weights, or of those that come along
-            folder = runs.data_folder(args.runs, args.data) / folder.stem
+        folder = evaluation.results_folder(runs.data_folder(args.runs, args.data), run)
         save_table(folder / f"certify_sigma{de3.sigma}.csv", rows)
 
 

@@ -146,6 +146,8 @@ def arguments():
 def main():
     args, entries = arguments()
     device = cli.open_device(args.device)
+    if cli.process_count() > 1:
+        raise UserError("the comparison runs in one process: leave out torchrun")
     missing = missing_commands(entries, args, args.seeds)
     if missing:
         raise UserError("models are missing; make them with: " + " && ".join(missing))

@@ -46,6 +46,7 @@ DEFAULTS = {  # of each data set: size of the models, sigmas, eps to compare at,
     "FOLDER of small images": COLOR,
     "FOLDER": dict(size="base", **PAPER, mean=IMAGENET_MEAN, std=IMAGENET_STD),
 }
+BUILT_IN = ("digits", "cifar10")  # any other --data is a folder
 SMALL = 64  # pixels: up to here images are kept in memory, and a folder of such images is small
 MEMORY = 2 * 10**9  # bytes, at most, of a data set in memory
 VALIDATION_IMAGES = 500  # of each class of cifar10
@@ -55,7 +56,7 @@ SPLITS = ("train", "val", "test")
 
 def defaults(name):
     """The row of DEFAULTS for --data `name`; of a folder the first training image tells its row."""
-    if name in DEFAULTS:
+    if name in BUILT_IN:
         return DEFAULTS[name]
     return DEFAULTS["FOLDER of small images" if has_small_images(name) else "FOLDER"]
 
@@ -71,7 +72,7 @@ def identity(name):
 
     The digest is of their names inside the folder and of their sizes, so a folder may be moved.
     """
-    if name in DEFAULTS:
+    if name in BUILT_IN:
         return name
     digest = hashlib.sha256()
     for path in sorted(Path(name).glob("train/*/*")):

@@ -99,6 +99,11 @@ def name_of_run(folder, root):
     return os.path.relpath(folder, root if inside else None)
 
 
+def results_folder(root, run):
+    """The folder in RUNS/<data> (`root`) for results about a run: its own, or one named like it."""
+    return Path(root, *[part for part in Path(run).parts if part not in ("..", "/")])
+
+
 def with_folders(named):
     """Add the run's folder to the words that stand for more than one defense."""
     words = [defense.words for defense in named]

@@ -40,10 +40,10 @@ TYPES = {  # of the entries of a checkpoint, and of those of its config
 
 def data_folder(runs, name):
     """RUNS/<data>: the name of the data set, or of the folder it lies in."""
-    if name in data.DEFAULTS:
+    if name in data.BUILT_IN:
         return Path(runs) / name
     folder = Path(name).resolve().name
-    return Path(runs) / (f"{folder}-folder" if folder in data.DEFAULTS else folder)
+    return Path(runs) / (f"{folder}-folder" if folder in data.BUILT_IN else folder)
 
 
 def run_folder(parent, seed, names):

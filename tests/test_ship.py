@@ -39,7 +39,7 @@ class TestShip(unittest.TestCase):
 
     def test_stages(self):
         """Without a run of one's own they are used, in one line; the accuracies stay."""
-        flags = ("--images", 60, "--steps", 2, "--eot", 2, "--attack", "pgd")
+        flags = ("--images", 60, "--steps", 2, "--attack", "pgd")
         finished(run("attack", "--runs", self.own, *flags))
         trained = read_csv(self.own / "digits/attack.csv")[-2:]
         elsewhere = new_folder()
@@ -47,11 +47,10 @@ class TestShip(unittest.TestCase):
             result = finished(run("attack", "--runs", elsewhere, *flags))
             self.assertEqual(result.out.count("weights that come along"), 1)
             self.assertNotIn("come along", finished(run("attack", "--runs", self.own, *flags)).out)
-            photo = next(photos().glob("val/*/*"))
+            before, photo = set(self.assets.rglob("*")), next(photos().glob("val/*/*"))
             labelled = finished(run("defend", photo, "--runs", elsewhere))
             self.assertIn(f"{photo}", labelled.out)
-            self.assertTrue(list(Path(elsewhere).glob("digits/purified/*.png")))
-            before = set(self.assets.rglob("*"))
+            self.assertTrue(list(Path(elsewhere).glob("digits/purified/**/*.png")))
             finished(run("studies.certify", "--runs", elsewhere, "--images", 2, "--n", 10))
             self.assertEqual(set(self.assets.rglob("*")), before)
             assert_refused(run("attack", "--runs", elsewhere, "--seed", 5, *flags), "is missing")
