@@ -1,6 +1,6 @@
 """Half-precision copies of trained weights, which come along with the repository under assets/<data>/.
 
-    python -m studies.ship --data FOLDER --classifier RUN RUN ... --out assets/cifar10
+    python -m studies.ship --classifier RUN RUN ... --out assets/cifar10
 
 Each classifier is copied with the autoencoder in whose folder it lies, without the optimizer's state.
 Rounding the autoencoder changes its fingerprint: the copies of the classifiers trained behind it carry

@@ -8,6 +8,7 @@ well, see seed_epoch), settings (what decides the weights), and what the later s
 import argparse
 import functools
 import hashlib
+import math
 import os
 import shlex
 import subprocess
@@ -205,6 +206,8 @@ def check_checkpoint(path, checkpoint, kind):
     wrong = of_other_types(checkpoint, entries)
     wrong = wrong or [f"config {name}" for name in of_other_types(checkpoint["config"], arguments)]
     wrong = wrong or implausible(checkpoint)
+    if not wrong and not fits_weights(checkpoint["config"], checkpoint["model"]):
+        wrong = ["config"]
     if wrong:
         raise UserError(f"{path}: its entry {wrong[0]!r} is missing or damaged; make it again "
                         "(--overwrite) or get it again")
@@ -217,6 +220,25 @@ def of_other_types(entries, types):
             if name not in entries or not isinstance(entries[name], its_type)]
 
 
+def is_number(text):
+    """Whether a setting is "None" or a number."""
+    try:
+        return text == "None" or math.isfinite(float(text))
+    except (TypeError, ValueError):
+        return False
+
+
+def fits_weights(config, state):
+    """Whether a ViT's config is that of its weights; a wrong one could ask for any amount of memory."""
+    if config.get("arch", "vit") != "vit":
+        return True
+    blocks = {name.split(".")[1] for name in state if name.startswith("blocks.")}
+    tokens, patches = state.get("pos_embed", torch.zeros(1, 0, 0)), state.get("patch_embed.proj.weight")
+    side = config["image_size"] // max(1, config["patch_size"])
+    return (len(blocks) == config["depth"] and tokens.shape == (1, side**2 + 1, config["embed_dim"])
+            and patches is not None and patches.shape[-1] == config["patch_size"])
+
+
 def implausible(checkpoint):
     """The names of entries of the right type that no run can have written."""
     config, settings, state = checkpoint["config"], checkpoint["settings"], checkpoint["model"]
@@ -225,11 +247,12 @@ def implausible(checkpoint):
     if checkpoint["kind"] == "classifier":
         classes = checkpoint["classes"] or []
     holds = {
-        "config": all(0 <= value < 100_000 for value in counts),
+        "config": all(0 <= value < 10_000 for value in counts),
         "config mean or std": [type(part) for part in config["mean"] + config["std"]] == [float] * 6,
         "config drop_path": 0 <= config.get("drop_path", 0) <= 1,
         "settings": all(isinstance(text, str) for text in [*settings, *settings.values()]),
         "model": all(isinstance(name, str) and torch.is_tensor(state[name]) for name in state),
+        "settings adversarial": is_number(settings.get("adversarial", "None")),
         "epoch": 0 <= checkpoint["epoch"] <= checkpoint["epochs"],
         "task": checkpoint.get("task", "nim") in ("nim", "mim"),
         "mode": checkpoint.get("mode", "clean") in ("clean", "de3", "no-denoise"),

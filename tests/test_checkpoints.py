@@ -125,11 +125,21 @@ class TestEntries(unittest.TestCase):
     def test_entry_is_named(self):
         for kind, name, value in [("autoencoder", "task", "dae"), ("classifier", "mode", REMOVED),
                                   ("classifier", "classes", ["one"]), ("classifier", "epoch", 3),
-                                  ("autoencoder", "settings", {"sigma": 75})]:
+                                  ("autoencoder", "settings", {"sigma": 75}),
+                                  ("classifier", "settings", {"adversarial": "much"})]:
             *_, whole = self.small[kind]
             torch.save(with_entry(whole, name, value), self.path)
             self.assertTrue(self.refused(lambda: self.use(kind), name), name)
             self.assertTrue(self.refused(lambda: self.resume(kind), name), name)
+
+    def test_config_of_other_weights(self):
+        """It could ask for any amount of memory: refused before a model is made."""
+        for kind in runs.TYPES:
+            *_, whole = self.small[kind]
+            for name, value in (("depth", 9999), ("depth", 1), ("image_size", 8000), ("patch_size", 1),
+                                ("embed_dim", 9000), ("num_heads", 0), ("num_heads", 3)):
+                torch.save(with_entry(whole, f"config/{name}", value), self.path)
+                self.assertTrue(self.refused(lambda: self.use(kind)), (name, value))
 
     def test_optimizer_of_another_model(self):
         """Other groups, other shapes, or moments that are not there."""
