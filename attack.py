@@ -234,8 +234,10 @@ def arguments():
         args.eps = [4 / 255, 8 / 255] if args.data != "digits" else [8 / 255, 16 / 255]
     if args.norm == "linf" and max(args.eps) > 1:
         raise UserError(f"--eps {max(args.eps):g} is more than the range of the pixels, 1; write 8/255")
-    if "pgd+eot" not in args.attack:
-        cli.refuse_unused(args, parser, ["eot"], "without --attack pgd+eot")
+    if "pgd+eot" not in args.attack or args.threat == "gray":
+        cli.refuse_unused(args, parser, ["eot"], "without a white-box pgd+eot")
+    if args.step_size == 0:
+        raise UserError("--step-size 0 moves nothing: give a positive one, as 2/255")
     return args
 
 

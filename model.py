@@ -326,7 +326,9 @@ def check_images(images):
     """UserError unless images are a float tensor [B, C, H, W] within [0, 1] (1e-6 tolerated)."""
     if not torch.is_tensor(images) or not images.is_floating_point() or images.dim() != 4:
         raise UserError("images must be a floating-point tensor [B, C, H, W] in [0, 1]")
-    low, high = images.detach().aminmax() if images.numel() else (0, 0)
+    if not images.numel():
+        raise UserError("there are no images")
+    low, high = images.detach().aminmax()
     if not (low >= -1e-6 and high <= 1 + 1e-6):  # NaN fails this too
         raise UserError(f"images must lie in [0, 1], without NaN (found {low:g} to {high:g})")
 

@@ -35,7 +35,7 @@ def evaluation_flags(parser, images):
     add("--sigma", nargs="+", metavar="S", type=cli.sigma_level,
         help="sigmas to test, 'off' for undefended; default off and, for De³, the data set's; a "
         "classifier given by --classifier is tested at all of them, also one trained undefended")
-    add("--mask-ratio", nargs="+", type=cli.ratio, default=[0.25, 0.5, 0.75], metavar="R",
+    add("--mask-ratio", nargs="+", type=cli.ratio, metavar="R",
         help="behind MIM: ratios to test, default 0.25 0.5 0.75")
     add("--split", choices=["train", "val", "test"], default="test",
         help="default test; the val images of a FOLDER without test/")
@@ -131,7 +131,7 @@ def load_defenses(args, device, votes=1):
         if checkpoint["mode"] == "de3" or defended_later:
             autoencoder, pretraining, source = load_autoencoder(args, folder, checkpoint, device)
             if pretraining["task"] == "mim":
-                sigmas, mask_ratios = [None], args.mask_ratio
+                sigmas, mask_ratios = [None], args.mask_ratio or [0.25, 0.5, 0.75]
         for sigma in sigmas:
             for mask_ratio in mask_ratios:
                 de3 = De3(autoencoder, classifier, sigma, mask_ratio, checkpoint["keep_visible"],
@@ -140,6 +140,8 @@ def load_defenses(args, device, votes=1):
                                           name_of_run(source, root) if source else "", de3))
         if args.compile:
             cli.compile_models(device, autoencoder, classifier)
+    if args.mask_ratio and all(defense.de3.mask_ratio is None for defense in named):
+        raise UserError("--mask-ratio changes nothing without an autoencoder of MIM: leave it out")
     return with_folders(named), checkpoint
 
 

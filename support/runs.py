@@ -220,6 +220,12 @@ def of_other_types(entries, types):
             if name not in entries or not isinstance(entries[name], its_type)]
 
 
+def is_plain_tensor(value):
+    """Whether it is a tensor of real numbers that are there: not sparse, not on the meta device."""
+    return (torch.is_tensor(value) and value.layout == torch.strided and value.device.type == "cpu"
+            and not value.is_complex())
+
+
 def is_number(text):
     """Whether a setting is "None" or a number."""
     try:
@@ -248,10 +254,11 @@ def implausible(checkpoint):
         classes = checkpoint["classes"] or []
     holds = {
         "config": all(0 <= value < 10_000 for value in counts),
-        "config mean or std": [type(part) for part in config["mean"] + config["std"]] == [float] * 6,
+        "config mean or std": [type(part) for part in config["mean"] + config["std"]] == [float] * 6
+        and all(part > 0 for part in config["std"]),
         "config drop_path": 0 <= config.get("drop_path", 0) <= 1,
         "settings": all(isinstance(text, str) for text in [*settings, *settings.values()]),
-        "model": all(isinstance(name, str) and torch.is_tensor(state[name]) for name in state),
+        "model": all(isinstance(name, str) and is_plain_tensor(state[name]) for name in state),
         "settings adversarial": is_number(settings.get("adversarial", "None")),
         "epoch": 0 <= checkpoint["epoch"] <= checkpoint["epochs"],
         "task": checkpoint.get("task", "nim") in ("nim", "mim"),

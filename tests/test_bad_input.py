@@ -51,7 +51,7 @@ class TestBadArguments(unittest.TestCase):
             bad = images.clone()
             bad[0, 0, 0, 0] = math.nan
             for wrong in (bad, images + 0.01, images - 1.01, images * 255, images.round().long(),
-                          (images * 255).byte(), images[0], images.numpy()):
+                          (images * 255).byte(), images[0], images.numpy(), images[:0]):
                 with self.subTest(sigma=sigma), self.assertRaises(UserError):
                     defense(wrong)
             images.view(-1)[:2] = torch.tensor([1 + 5e-7, -5e-7])

@@ -161,6 +161,15 @@ class TestEntries(unittest.TestCase):
             self.assertTrue(self.refused(lambda: self.resume("autoencoder"), "optimizer"))
             self.use("autoencoder")
 
+    def test_other_tensors(self):
+        """Weights that torch.load reads and that are no numbers to calculate with."""
+        for kind in runs.TYPES:
+            *_, whole = self.small[kind]
+            value = whole["model"]["cls_token"]
+            for other in (value.to_sparse(), value.to("meta"), value.to(torch.complex64), "x"):
+                torch.save(with_entry(whole, "model/cls_token", other), self.path)
+                self.assertTrue(self.refused(lambda: self.use(kind), "model"), other)
+
     def test_other_shapes(self):
         """Both are named."""
         *_, whole = self.small["autoencoder"]

@@ -27,6 +27,9 @@ class TestFlags(unittest.TestCase):
         own = ("--runs", digits_runs()[0])
         self.refused("attack", "--norm", "l2", *own, says="--norm l2 needs --eps")
         self.refused("attack", "--attack", "pgd", "--eot", 9, *own, says="--eot changes nothing")
+        self.refused("attack", "--threat", "gray", "--eot", 9, *own, says="--eot changes nothing")
+        self.refused("attack", "--mask-ratio", 0.5, *own, says="--mask-ratio changes nothing")
+        self.refused("attack", "--step-size", 0, *own, says="--step-size 0 moves nothing")
         for flag, value in (("--split", "val"), ("--images", 3), ("--eps", "2/255"), ("--steps", 3),
                             ("--eot", 3)):
             self.refused("defend", next(photos().glob("val/*/*")), flag, value, *own,

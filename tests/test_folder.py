@@ -44,8 +44,8 @@ class TestFolder(unittest.TestCase):
         answer = r"(red|green|blue) \([\d.]+%\)"
         self.assertRegex(result.out, rf"{photo} +undefended: {answer}\n{photo} +De³ σ = 70: {answer}")
         table = folder / "photos/attack.csv"
-        finished(run("attack", *small, "--threat", "gray", "--norm", "l2", "--eps", "0.5",
-                     "--sigma", "off", 70))
+        finished(run("attack", *flags, "--images", 6, "--steps", 2, "--threat", "gray", "--norm", "l2",
+                     "--eps", "0.5", "--sigma", "off", 70))
         rows = read_csv(table)
         self.assertEqual({row["threat"] for row in rows}, {"gray"})
         for sigma in ("", "70.0"):  # the attacker sees the classifier only: no need of EOT
@@ -54,8 +54,8 @@ class TestFolder(unittest.TestCase):
 
         # classifiers that are given are tested at all sigmas, and told apart by their folders
         names = [path.parent.relative_to(folder / "photos") for path in finetuned.wrote()]
-        finished(run("attack", *small, "--attack", "fgsm", "--eps", "8/255", "--sigma", "off", 70,
-                     "--classifier", *(path.parent for path in finetuned.wrote())))
+        finished(run("attack", *flags, "--images", 6, "--attack", "fgsm", "--eps", "8/255",
+                     "--sigma", "off", 70, "--classifier", *(path.parent for path in finetuned.wrote())))
         found = [(row["defense"], row["run"], row["sigma"]) for row in read_csv(table)[4:]]
         self.assertEqual(found, [(f"{words} ({name})", str(name), sigma) for name in names for
                                  words, sigma in (("undefended", ""), ("De³ σ = 70", "70.0"))])
