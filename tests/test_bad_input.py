@@ -269,7 +269,7 @@ class TestBadInput(unittest.TestCase):
         path, = runs.rglob("checkpoint.pt")
         self.assertEqual(torch.load(path)["epoch"], 2)
         result = run("finetune", "--mode", "clean", "--from-scratch", *flags)
-        assert_refused(result, ("loss", "step", "--base-lr"))
+        assert_refused(result, ("loss", "epoch", "--base-lr"))
 
     def test_mim_flags_without_mim(self):
         runs, _ = photo_runs()

@@ -55,7 +55,8 @@ class TestFolder(unittest.TestCase):
         # classifiers that are given are tested at all sigmas, and told apart by their folders
         names = [path.parent.relative_to(folder / "photos") for path in finetuned.wrote()]
         finished(run("attack", *flags, "--images", 6, "--attack", "fgsm", "--eps", "8/255",
-                     "--sigma", "off", 70, "--classifier", *(path.parent for path in finetuned.wrote())))
+                     "--sigma", "off", 70,
+                     "--classifier", *(path.parent for path in finetuned.wrote())))
         found = [(row["defense"], row["run"], row["sigma"]) for row in read_csv(table)[4:]]
         self.assertEqual(found, [(f"{words} ({name})", str(name), sigma) for name in names for
                                  words, sigma in (("undefended", ""), ("De³ σ = 70", "70.0"))])

@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import io
 import unittest
+from pathlib import Path
 from unittest import mock
 
 import torch
@@ -94,7 +95,7 @@ class TestPublished(unittest.TestCase):
                                   "--attack", "pgd", "--eps", 0, "--steps", 1))
             self.assertRegex(result.out, r"undefended +0/255 .*\nDe³ σ = 20 +0/255 ")
             for row in read_csv(folder / "photos/attack.csv")[-2:]:
-                self.assertEqual((folder / "photos" / row["run"]).resolve(), path.resolve())
+                self.assertEqual(Path(row["run"]).resolve(), path.resolve())
         finished(run("defend", *flags))
         images = random_images(6, 3, 32, 32)
         args = argparse.Namespace(size="tiny", data="x")
