@@ -17,7 +17,7 @@ from torchvision.transforms import v2
 
 from attack import pgd
 from model import SIZES, De3, UserError
-from support import cli, data, runs, training, weights
+from support import checkpoints, cli, data, runs, training, weights
 
 PAPER = dict(epochs=100, batch_size=1024, base_lr=1e-3, warmup_share=0.05, weight_decay=0.05,
              layer_decay=0.75, drop_path=0.1, label_smoothing=0.1, attack_steps=5)
@@ -157,7 +157,7 @@ def train(args, mode, device):
     torch.manual_seed(args.seed)
     config = {name: size[name] for name in weights.ENCODER}
     config.update(arch=args.arch, num_classes=num_classes, drop_path=args.drop_path)
-    classifier = runs.make_classifier(**config).to(device)
+    classifier = checkpoints.make_classifier(**config).to(device)
     if args.init:
         weights.initialize_from_file(classifier, args.init, "classifier")
     elif starts_from_encoder:
@@ -212,7 +212,7 @@ def train(args, mode, device):
             hits = None if mixed else (logits.argmax(1) == labels).sum()
             log.add(loss, len(images), hits)
         log.finish(folder, lr)  # before the checkpoint: a row too many is replaced on --resume
-        runs.save_checkpoint(path, {
+        checkpoints.save_checkpoint(path, {
             "kind": "classifier", "config": config, "mode": mode, "settings": settings,
             "classes": train_set.classes, "keep_visible": args.keep_visible,
             "model": classifier.state_dict(), "optimizer": optimizer.state_dict(),

@@ -13,7 +13,7 @@ import argparse
 import torch
 
 from model import SIZES, Autoencoder, add_noise
-from support import cli, data, pictures, runs, training, weights
+from support import checkpoints, cli, data, pictures, runs, training, weights
 
 PAPER = dict(epochs=800, batch_size=4096, base_lr=1.5e-4, warmup_share=0.05, weight_decay=0.05)
 RECIPES = {  # the paper's from base on; tiny was chosen on the validation images of the digits
@@ -116,7 +116,7 @@ def main():
                 training.update(optimizer, lr)
             log.add(loss, len(images))
         log.finish(folder, lr)  # before the checkpoint: a row too many is replaced on --resume
-        runs.save_checkpoint(path, {
+        checkpoints.save_checkpoint(path, {
             "kind": "autoencoder", "config": config, "task": args.task, "settings": settings,
             "model": autoencoder.state_dict(), "optimizer": optimizer.state_dict(),
             "epoch": epoch + 1, "epochs": args.epochs, **runs.provenance()})

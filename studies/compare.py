@@ -25,7 +25,7 @@ import torch
 from attack import accuracy, pgd
 from model import De3, UserError
 from studies.tables import folders, missing_commands, table_of
-from support import cli, data, evaluation, files, runs, training, weights
+from support import checkpoints, cli, data, evaluation, files, runs, training, weights
 
 TRIES, KNOWN_NOISES = 10, 3
 COLUMN = 17  # width of a column of the printed table
@@ -167,7 +167,7 @@ def main():
                 row = dict(
                     defense=entry.name, level=de3.level, seed=seed,
                     run=folder.relative_to(runs.data_folder(args.runs, args.data)),
-                    weights=runs.fingerprint(classifier), split=args.split, images=images_in_all,
+                    weights=checkpoints.fingerprint(classifier), split=args.split, images=images_in_all,
                     norm="linf", eps=f"{args.eps:.6g}", l2_radius=f"{args.l2:g}", steps=args.steps,
                     eot=args.eot, attack_seed=args.seed, precision="bf16" if args.bf16 else "fp32")
                 row = {name: str(value) for name, value in row.items()}

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from support import cli, files, runs
+from support import checkpoints, cli, files
 
 
 def without_folders(words):
@@ -47,13 +47,13 @@ def main():
     for folder in args.classifier:
         source = folder.parent
         if source not in fingerprints:
-            autoencoder, checkpoint = runs.load_finished(source, "autoencoder")
+            autoencoder, checkpoint = checkpoints.load_finished(source, "autoencoder")
             path = args.out / source.name / "checkpoint.pt"
             write(path, halve(checkpoint))
-            copy, _ = runs.load_finished(path.parent, "autoencoder")
-            fingerprints[source] = runs.fingerprint(autoencoder), runs.fingerprint(copy)
+            copy, _ = checkpoints.load_finished(path.parent, "autoencoder")
+            fingerprints[source] = checkpoints.fingerprint(autoencoder), checkpoints.fingerprint(copy)
         trained, copied = fingerprints[source]
-        _, checkpoint = runs.load_finished(folder, "classifier")
+        _, checkpoint = checkpoints.load_finished(folder, "classifier")
         halved = halve(checkpoint)
         if halved["settings"].get("autoencoder") == trained:
             halved["settings"]["autoencoder"] = copied

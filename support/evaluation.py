@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 
 from model import De3, UserError
-from support import cli, data, files, runs, weights
+from support import checkpoints, cli, data, files, runs, weights
 
 BATCH = 120  # images that are evaluated together; at most --max-batch
 FIELDS = ("defense run autoencoder sigma mask_ratio attack norm eps steps step_size restarts eot loss "
@@ -68,7 +68,7 @@ def load_autoencoder(args, folder, checkpoint, device):
     source = args.autoencoder or pretraining_folder
     autoencoder, pretraining = weights.load_model(source, "autoencoder", device, args)
     if checkpoint["mode"] == "de3" and not args.autoencoder:
-        if runs.fingerprint(autoencoder) != checkpoint["settings"].get("autoencoder"):
+        if checkpoints.fingerprint(autoencoder) != checkpoint["settings"].get("autoencoder"):
             raise UserError(f"{folder} was trained behind another autoencoder than {source} now holds: "
                             "train it again with finetune.py --overwrite")
     return autoencoder, pretraining, source

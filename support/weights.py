@@ -8,21 +8,21 @@ import torch
 import torch.nn.functional as F
 
 from model import SIZES, Autoencoder, Classifier, UserError
-from support import data, runs
+from support import checkpoints, data, runs
 
 ENCODER = ("image_size", "patch_size", "embed_dim", "depth", "num_heads", "mean", "std")
 
 
 def published_state(path, key="model"):
     """State dict in a file of weights: ours, MAE's, NIM-AdvDef's ({key: state}), or timm's ViT."""
-    file = runs.read_weights(path)
+    file = checkpoints.read_weights(path)
     candidates = (file.get(key), file.get("model"), file) if isinstance(file, dict) else ()
     for state in candidates:
         if not isinstance(state, dict) or "patch_embed.proj.weight" not in state:
             continue
         if getattr(state.get("pos_embed"), "ndim", 3) == 3:
             state = {name: value for name, value in state.items() if torch.is_tensor(value)}
-            runs.check_finite(path, state)
+            checkpoints.check_finite(path, state)
             return state
     raise UserError(f"{path} holds no ViT weights under the names of MAE and timm")
 
@@ -124,4 +124,4 @@ def load_model(source, kind, device, args, mode="clean"):
     make_it = runs.stage_command(stage, args)
     if Path(source) not in [runs.autoencoder_folder(args), *runs.default_classifier_folders(args)]:
         make_it += " and the flags that the folder's name stands for (--help)"
-    return runs.load_finished(source, kind, device, make_it)
+    return checkpoints.load_finished(source, kind, device, make_it)

@@ -8,7 +8,7 @@ import torch
 from attack import accuracy, check_adversarial
 from model import De3, add_noise
 from studies import audit
-from support import runs
+from support import checkpoints
 from tests.helpers import (Linear, assert_near, assert_refused, digits_names, digits_runs,
                            linear_on_digits, random_images, run, seeded)
 
@@ -80,8 +80,8 @@ class TestAudit(unittest.TestCase):
     def test_honest_de3(self):
         """Noise, autoencoder and classifier as the stages make them."""
         folder, pretrained, finetuned = digits_runs()
-        autoencoder, _ = runs.load_finished(pretrained.wrote()[0].parent, "autoencoder")
-        classifier, _ = runs.load_finished(finetuned.wrote()[0].parent, "classifier")
+        autoencoder, _ = checkpoints.load_finished(pretrained.wrote()[0].parent, "autoencoder")
+        classifier, _ = checkpoints.load_finished(finetuned.wrote()[0].parent, "classifier")
         _, (images, labels) = linear_on_digits()
         with self.short_search():
             checks = seeded(lambda: audit.audit(De3(autoencoder, classifier, 50), images[:25],

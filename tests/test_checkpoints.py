@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 
 from model import De3, UserError
-from support import evaluation, files, runs, training as training_steps, weights
+from support import checkpoints, evaluation, files, runs, training as training_steps, weights
 from tests.helpers import (assert_near, assert_refused, finished, in_processes, new_folder, photo_flags,
                            photo_runs, photos, process, random_images, run, small_autoencoder,
                            small_classifier, training)
@@ -59,7 +59,7 @@ def with_entry(checkpoint, name, value):
 class TestEntries(unittest.TestCase):
     def setUp(self):
         self.path = new_folder() / "checkpoint.pt"
-        self.small = {kind: small_checkpoint(kind) for kind in runs.TYPES}
+        self.small = {kind: small_checkpoint(kind) for kind in checkpoints.TYPES}
 
     def refused(self, function, words=""):
         """Whether the function raises, then one sentence that names the file and holds the words."""
@@ -74,7 +74,7 @@ class TestEntries(unittest.TestCase):
 
     def use(self, kind):
         """What the later stages do with a finished run."""
-        model, checkpoint = runs.load_finished(self.path.parent, kind)
+        model, checkpoint = checkpoints.load_finished(self.path.parent, kind)
         images = random_images()
         if kind == "autoencoder":
             self.assertIn(checkpoint["task"], ("nim", "mim"))
@@ -97,17 +97,17 @@ class TestEntries(unittest.TestCase):
         training_steps.update(optimizer, 1e-3)
 
     def test_whole(self):
-        for kind in runs.TYPES:
+        for kind in checkpoints.TYPES:
             model, _, checkpoint = self.small[kind]
             torch.save(checkpoint, self.path)
             self.use(kind)
-            loaded, _ = runs.load_finished(self.path.parent, kind)
-            self.assertEqual(runs.fingerprint(loaded), runs.fingerprint(model))
+            loaded, _ = checkpoints.load_finished(self.path.parent, kind)
+            self.assertEqual(checkpoints.fingerprint(loaded), checkpoints.fingerprint(model))
             self.resume(kind)
 
     def test_every_entry(self):
         """Missing or replaced by something else: a sentence, or a run that works."""
-        for kind in runs.TYPES:
+        for kind in checkpoints.TYPES:
             *_, whole = self.small[kind]
             torch.save(whole, self.path)  # only to be there: what is read is given below
             names = [*whole, *(f"config/{name}" for name in whole["config"]), "settings/sigma",
@@ -117,7 +117,7 @@ class TestEntries(unittest.TestCase):
                 for value in (REMOVED, *WRONG):
                     with self.subTest(kind=kind, name=name, value=value):
                         changed = with_entry(whole, name, value)
-                        with mock.patch.object(runs, "read_weights", return_value=changed):
+                        with mock.patch.object(checkpoints, "read_weights", return_value=changed):
                             count += self.refused(lambda: self.use(kind))
                             count += self.refused(lambda: self.resume(kind))
             self.assertGreater(count, len(names) * len(WRONG))
@@ -134,7 +134,7 @@ class TestEntries(unittest.TestCase):
 
     def test_config_of_other_weights(self):
         """It could ask for any amount of memory: refused before a model is made."""
-        for kind in runs.TYPES:
+        for kind in checkpoints.TYPES:
             *_, whole = self.small[kind]
             for name, value in (("depth", 9999), ("depth", 1), ("image_size", 8000), ("patch_size", 1),
                                 ("embed_dim", 9000), ("num_heads", 0), ("num_heads", 3)):
@@ -163,7 +163,7 @@ class TestEntries(unittest.TestCase):
 
     def test_other_tensors(self):
         """Weights that torch.load reads and that are no numbers to calculate with."""
-        for kind in runs.TYPES:
+        for kind in checkpoints.TYPES:
             *_, whole = self.small[kind]
             value = whole["model"]["cls_token"]
             for other in (value.to_sparse(), value.to("meta"), value.to(torch.complex64), "x"):
@@ -210,7 +210,7 @@ class TestDamage(unittest.TestCase):
             damaged[position] ^= 1 << position % 8
             path.write_bytes(damaged)
             try:
-                found = runs.read_weights(path)
+                found = checkpoints.read_weights(path)
             except UserError as error:
                 self.assertEqual(len(str(error).splitlines()), 1, error)
                 refused += 1
@@ -229,13 +229,13 @@ class TestDamage(unittest.TestCase):
             damaged = bytearray(whole)
             damaged[start + bit // 8] ^= 1 << bit % 8
             path.write_bytes(damaged)
-            self.assertRaisesRegex(UserError, "checksum", runs.read_weights, path)
+            self.assertRaisesRegex(UserError, "checksum", checkpoints.read_weights, path)
 
     def test_older_format(self):
         """Without checksums, as some published files are."""
         path = new_folder() / "weights.pth"
         torch.save({"w": torch.arange(4.)}, path, _use_new_zipfile_serialization=False)
-        assert_near(runs.read_weights(path)["w"], torch.arange(4.))
+        assert_near(checkpoints.read_weights(path)["w"], torch.arange(4.))
 
 
 class TestUnfinished(unittest.TestCase):

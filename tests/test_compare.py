@@ -12,7 +12,7 @@ import torch
 
 from model import De3
 from studies import compare, plot, tables
-from support import evaluation, runs, weights
+from support import checkpoints, evaluation, weights
 from tests.helpers import (assert_picture, assert_refused, digits_runs, finished, linear_on_digits,
                            new_folder, photo_flags, photos, read_csv, run, small_autoencoder,
                            small_classifier, training)
@@ -131,7 +131,7 @@ class TestCompare(unittest.TestCase):
         self.assertEqual(len(calls), levels + 1)
         finished(run("studies.compare", *flags, "--eps", "8/255"))
         self.assertEqual(len(calls), 2 * levels + 1)
-        self.fake("fingerprint", runs, lambda model: "other")
+        self.fake("fingerprint", checkpoints, lambda model: "other")
         finished(run("studies.compare", *flags))
         self.assertEqual(len(calls), 3 * levels + 1)
         self.assertEqual(len(read_csv(folder / "digits/compare.csv")), 3 * levels)

@@ -15,7 +15,7 @@ import finetune
 import pretrain
 from attack import pgd
 from model import Autoencoder, De3, add_noise
-from support import data, pictures, runs
+from support import checkpoints, data, pictures
 from support import training as training_steps
 from tests.helpers import (assert_near, assert_picture, assert_refused, finished, new_folder,
                            photo_autoencoder, photo_flags, photo_runs, photos, read_csv, run, training)
@@ -94,7 +94,7 @@ class TestFolder(unittest.TestCase):
 
     def test_training_learns(self):
         source = photo_autoencoder(epochs=20)
-        autoencoder, _ = runs.load_finished(source, "autoencoder")
+        autoencoder, _ = checkpoints.load_finished(source, "autoencoder")
         images, _ = next(iter(data.Loader(data.load_dataset(photos(), "val", 32), 24)))
         torch.manual_seed(0)
         denoised = autoencoder.reconstruct(add_noise(images, 75), images).clamp(0, 1)

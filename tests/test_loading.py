@@ -16,7 +16,7 @@ from PIL import Image
 
 import finetune
 from model import UserError
-from support import cli, data, runs
+from support import checkpoints, cli, data
 from tests.helpers import (REPOSITORY, assert_refused, copy_of_photos, finished, new_folder,
                            photo_flags, photo_runs, photos, run, training)
 
@@ -25,7 +25,7 @@ class TestLoading(unittest.TestCase):
     def test_workers_do_not_matter(self):
         """Exact resume: begun with two processes that load and augment, ended with none."""
         whole_runs, cut_runs = photo_runs()[0], photo_runs()[0]
-        flags, save, calls = ("--mode", "de3", *training(3)), runs.save_checkpoint, []
+        flags, save, calls = ("--mode", "de3", *training(3)), checkpoints.save_checkpoint, []
 
         def cut_short(*arguments):
             save(*arguments)
@@ -34,7 +34,7 @@ class TestLoading(unittest.TestCase):
                 raise KeyboardInterrupt
         with mock.patch.object(finetune, "AUGMENT_FROM", 1), mock.patch.object(data, "MEMORY", 0):
             whole, = finished(run("finetune", *flags, *photo_flags(whole_runs))).wrote()
-            with mock.patch.object(runs, "save_checkpoint", cut_short):
+            with mock.patch.object(checkpoints, "save_checkpoint", cut_short):
                 cut = run("finetune", *flags, *photo_flags(cut_runs), "--workers", 2)
             self.assertEqual(cut.code, 130)
             path, = finished(run("finetune", *flags, *photo_flags(cut_runs), "--resume")).wrote()

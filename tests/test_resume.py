@@ -9,7 +9,7 @@ import torch
 
 import finetune
 import pretrain
-from support import runs, training as training_steps
+from support import checkpoints, training as training_steps
 from tests.helpers import (assert_refused, finished, kill_after_first_save, new_folder,
                            photo_autoencoder, photo_flags, photo_runs, process, read_csv, run, training)
 
@@ -59,7 +59,7 @@ class TestResume(unittest.TestCase):
         with mock.patch.object(finetune, "AUGMENT_FROM", 1):
             whole, = finished(run("finetune", *flags, *photo_flags(whole_runs))).wrote()
             flags += photo_flags(cut_runs)
-            with self.cut(runs, "save_checkpoint", epoch=3):
+            with self.cut(checkpoints, "save_checkpoint", epoch=3):
                 self.assertEqual(run("finetune", *flags).code, 130)
             path, = finished(run("finetune", *flags, "--resume")).wrote()
         self.assert_same_weights(path, whole)
@@ -79,7 +79,7 @@ class TestResume(unittest.TestCase):
     def test_log_between_two_saves(self):
         """Cut before an epoch is saved or before it is logged: every row is there, and once."""
         whole, = finished(run("pretrain", *training(4), *photo_flags(new_folder()))).wrote()
-        for module, name in ((runs, "save_checkpoint"), (training_steps, "write_log_row")):
+        for module, name in ((checkpoints, "save_checkpoint"), (training_steps, "write_log_row")):
             with self.subTest(name):
                 flags = (*training(4), *photo_flags(new_folder()))
                 with self.cut(module, name, epoch=3):

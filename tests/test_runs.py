@@ -11,7 +11,7 @@ from unittest import mock
 import torch
 
 from model import SIZES, Autoencoder, De3, NoiseScale, UserError
-from support import runs
+from support import checkpoints, runs
 from tests.helpers import (RunsCode, assert_near, assert_refused, digits_names, digits_runs, new_folder,
                            photo_autoencoder, random_images, run, small_autoencoder, small_classifier)
 
@@ -86,16 +86,16 @@ class TestCheckpoints(unittest.TestCase):
 
     def test_failed_save_keeps_the_old_file(self):
         path = new_folder() / "run" / "checkpoint.pt"
-        runs.save_checkpoint(path, self.checkpoint())
+        checkpoints.save_checkpoint(path, self.checkpoint())
         old = path.read_bytes()
 
         full = mock.patch("os.fsync", side_effect=OSError("No space left on device"))
         with full, self.assertRaisesRegex(UserError, "No space left"):
-            runs.save_checkpoint(path, self.checkpoint(epoch=2))
+            checkpoints.save_checkpoint(path, self.checkpoint(epoch=2))
         self.assertEqual(path.read_bytes(), old)
         self.assertEqual(list(path.parent.iterdir()), [path])  # no half file takes up the room
-        runs.save_checkpoint(path, self.checkpoint(epoch=3))
-        self.assertEqual(runs.load_checkpoint(path, "autoencoder")["epoch"], 3)
+        checkpoints.save_checkpoint(path, self.checkpoint(epoch=3))
+        self.assertEqual(checkpoints.load_checkpoint(path, "autoencoder")["epoch"], 3)
         self.assertEqual(list(path.parent.iterdir()), [path])
 
     def test_load_refuses(self):
@@ -103,27 +103,27 @@ class TestCheckpoints(unittest.TestCase):
         folder = new_folder()
         path, trace = folder / "checkpoint.pt", folder / "trace"
         torch.save(self.checkpoint(model=RunsCode(trace)), path)
-        self.assertRaises(UserError, runs.load_checkpoint, path, "autoencoder")
+        self.assertRaises(UserError, checkpoints.load_checkpoint, path, "autoencoder")
         path.write_bytes(pickle.dumps(self.checkpoint(model=RunsCode(trace)), protocol=2))
-        self.assertRaises(UserError, runs.load_checkpoint, path, "autoencoder")
+        self.assertRaises(UserError, checkpoints.load_checkpoint, path, "autoencoder")
         self.assertFalse(trace.exists())
         torch.save(self.checkpoint(), path)
-        runs.load_checkpoint(path, "autoencoder")
+        checkpoints.load_checkpoint(path, "autoencoder")
         whole = path.read_bytes()
-        self.assertRaisesRegex(UserError, "autoencoder.*classifier", runs.load_checkpoint,
+        self.assertRaisesRegex(UserError, "autoencoder.*classifier", checkpoints.load_checkpoint,
                                path, "classifier")
         for content in (whole[:len(whole) // 2], whole[:10], b"", b"hello"):
             path.write_bytes(content)
-            self.assertRaises(UserError, runs.load_checkpoint, path, "autoencoder")
+            self.assertRaises(UserError, checkpoints.load_checkpoint, path, "autoencoder")
         for foreign in ({"model": {}}, [1, 2], torch.zeros(3)):
             torch.save(foreign, path)
-            self.assertRaises(UserError, runs.load_checkpoint, path, "autoencoder")
+            self.assertRaises(UserError, checkpoints.load_checkpoint, path, "autoencoder")
 
     def test_finished_models_are_frozen(self):
         """Gradients reach the images through a loaded model, and stay out of its weights."""
-        autoencoder, _ = runs.load_finished(photo_autoencoder(), "autoencoder")
+        autoencoder, _ = checkpoints.load_finished(photo_autoencoder(), "autoencoder")
         folder, *_ = digits_runs()
-        classifier, _ = runs.load_finished(folder / "digits" / digits_names()[0], "classifier")
+        classifier, _ = checkpoints.load_finished(folder / "digits" / digits_names()[0], "classifier")
         for model in (autoencoder, classifier):
             self.assertFalse(any(module.training for module in model.modules()))
             self.assertFalse(any(parameter.requires_grad for parameter in model.parameters()))
@@ -140,20 +140,20 @@ class TestCheckpoints(unittest.TestCase):
     def test_architectures(self):
         """Both take [0, 1] images, and normalize them inside."""
         images, config = random_images(), dict(num_classes=7, mean=(0.4,) * 3, std=(0.2,) * 3)
-        vit = runs.make_classifier(image_size=16, patch_size=4, embed_dim=16, depth=1, num_heads=2,
-                                   **config)
-        resnet = runs.make_classifier(arch="resnet18", image_size=16, drop_path=0.1, **config).eval()
+        make = checkpoints.make_classifier
+        vit = make(image_size=16, patch_size=4, embed_dim=16, depth=1, num_heads=2, **config)
+        resnet = make(arch="resnet18", image_size=16, drop_path=0.1, **config).eval()
         self.assertEqual((vit(images).shape, resnet(images).shape), ((4, 7), (4, 7)))
         assert_near(vit.mean.flatten(), torch.full((3,), 0.4))
         assert_near(resnet(images), resnet[1]((images - 0.4) / 0.2), atol=1e-4)
 
     def test_fingerprint(self):
         """It follows from the weights, and notices the smallest change of one."""
-        one, two = (runs.fingerprint(small_autoencoder(seed)) for seed in (0, 1))
+        one, two = (checkpoints.fingerprint(small_autoencoder(seed)) for seed in (0, 1))
         self.assertRegex(one, "^[0-9a-f]{12}$")
-        self.assertEqual(runs.fingerprint(small_autoencoder(0)), one)
+        self.assertEqual(checkpoints.fingerprint(small_autoencoder(0)), one)
         self.assertNotEqual(one, two)
         changed = small_autoencoder(0)
         weight = changed.decoder_pred.weight.data
         weight[0, 0] = torch.nextafter(weight[0, 0], torch.tensor(math.inf))
-        self.assertNotEqual(runs.fingerprint(changed), one)
+        self.assertNotEqual(checkpoints.fingerprint(changed), one)

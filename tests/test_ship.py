@@ -6,7 +6,7 @@ from unittest import mock
 
 import torch
 
-from support import runs
+from support import checkpoints, runs
 from tests.helpers import (assert_near, assert_refused, digits_runs, finished, new_folder, photos,
                            read_csv, run)
 
@@ -23,11 +23,11 @@ class TestShip(unittest.TestCase):
     def test_copies(self):
         """Half the bytes, rounded weights, the new fingerprint, no folder of the machine."""
         self.assertEqual(len(self.shipped), 3)
-        copied, _ = runs.load_finished(self.shipped[0].parent, "autoencoder")
-        trained, _ = runs.load_finished(self.classifiers[0].parent, "autoencoder")
+        copied, _ = checkpoints.load_finished(self.shipped[0].parent, "autoencoder")
+        trained, _ = checkpoints.load_finished(self.classifiers[0].parent, "autoencoder")
         for name, value in trained.state_dict().items():
             assert_near(copied.state_dict()[name], value, atol=1e-6, rtol=1e-3)
-        self.assertNotEqual(runs.fingerprint(copied), runs.fingerprint(trained))
+        self.assertNotEqual(checkpoints.fingerprint(copied), checkpoints.fingerprint(trained))
         for path in self.shipped:
             original = self.own / "digits" / path.relative_to(self.assets / "digits")
             self.assertLess(path.stat().st_size, original.stat().st_size / 4)  # it held AdamW's too
@@ -35,7 +35,7 @@ class TestShip(unittest.TestCase):
             self.assertNotIn("optimizer", checkpoint)
             self.assertNotIn(str(self.own), str({**checkpoint, "model": None}))
         settings = torch.load(self.shipped[1])["settings"]
-        self.assertEqual(settings["autoencoder"], runs.fingerprint(copied))
+        self.assertEqual(settings["autoencoder"], checkpoints.fingerprint(copied))
 
     def test_stages(self):
         """Without a run of one's own they are used, in one line; the accuracies stay."""

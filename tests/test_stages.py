@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from support import data, evaluation, runs
+from support import checkpoints, data, evaluation
 from tests.helpers import (assert_picture, digits_names, digits_runs, finished, new_folder, read_csv,
                            run)
 
@@ -52,7 +52,7 @@ class TestStages(unittest.TestCase):
         rows = re.findall(row, result.out, re.M)
         levels = [f"De³ σ = {sigma}" for sigma in data.DEFAULTS["digits"]["test_sigmas"]]
         self.assertEqual([words for words, _, _ in rows], ["undefended", *levels])
-        classifier, _ = runs.load_finished(folder / "digits" / clean, "classifier")
+        classifier, _ = checkpoints.load_finished(folder / "digits" / clean, "classifier")
         test_set = data.load_dataset("digits", "test", 32)
         images, labels = (values[::18] for values in test_set.tensors)  # 20 of 360
         with torch.no_grad():
