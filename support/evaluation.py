@@ -186,7 +186,11 @@ def row_of(defense, args, settings, **measured):
 
 
 def open_table(args):
-    """The path of attack.csv; UserError, before hours of work, where no row could be added to it."""
+    """The path of attack.csv; UserError, before hours of work, where it or --save cannot be written."""
+    if args.save:
+        target = Path(args.save).resolve()
+        if target.is_dir() or not os.access(target.parent, os.W_OK):
+            raise UserError(f"--save {args.save} cannot be written: name a file in an existing folder")
     path = runs.data_folder(args.runs, args.data) / "attack.csv"
     files.check_writable(path.parent)
     files.read_table(path, FIELDS)

@@ -74,6 +74,14 @@ class TestFlags(unittest.TestCase):
                     mock.patch("support.weights.load_model", side_effect=AssertionError):
                 self.refused(script, *flags, "--runs", digits_runs()[0], says=says)
 
+    def test_save(self):
+        """A folder, or a place where nothing can be written: told before the attack."""
+        one = ("--attack", "fgsm", "--eps", "8/255", "--sigma", 0, "--runs", digits_runs()[0],
+               "--classifier", digits_runs()[2].wrote()[0].parent)
+        with mock.patch("attack.attack_batches", side_effect=AssertionError):
+            self.refused("attack", *one, "--save", new_folder(), says="name a file")
+            self.refused("attack", *one, "--save", "/proc/nowhere/x.npz", says="name a file")
+
     def test_micro_batches(self):
         """In how many pieces a batch goes through the model decides the noise: it is a setting."""
         folder = new_folder()
