@@ -43,11 +43,11 @@ class TestShip(unittest.TestCase):
         finished(run("attack", "--runs", self.own, *flags))
         trained = read_csv(self.own / "digits/attack.csv")[-2:]
         elsewhere = new_folder()
+        before, photo = set(self.assets.rglob("*")), next(photos().glob("val/*/*"))
         with mock.patch.object(runs, "ASSETS", self.assets):
+            self.assertNotIn("come along", finished(run("defend", "--runs", self.own, photo)).out)
             result = finished(run("attack", "--runs", elsewhere, *flags))
             self.assertEqual(result.out.count("weights that come along"), 1)
-            self.assertNotIn("come along", finished(run("attack", "--runs", self.own, *flags)).out)
-            before, photo = set(self.assets.rglob("*")), next(photos().glob("val/*/*"))
             labelled = finished(run("defend", photo, "--runs", elsewhere))
             self.assertIn(f"{photo}", labelled.out)
             self.assertTrue(list(Path(elsewhere).glob("digits/purified/**/*.png")))
