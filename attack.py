@@ -230,8 +230,7 @@ def arguments():
     data.set_size(args)
     if args.eps is None and args.norm == "l2":
         raise UserError("--norm l2 needs --eps, a length over all pixels: 1 or 2, say")
-    if args.eps is None:
-        args.eps = [4 / 255, 8 / 255] if args.data != "digits" else [8 / 255, 16 / 255]
+    args.eps = args.eps or data.defaults(args.data)["attack_eps"]
     if args.norm == "linf" and max(args.eps) > 1:
         raise UserError(f"--eps {max(args.eps):g} is more than the range of the pixels, 1; write 8/255")
     if "pgd+eot" not in args.attack or args.threat == "gray":

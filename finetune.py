@@ -56,6 +56,8 @@ def arguments():
     args = parser.parse_args()
     data.set_size(args)
     cli.apply_recipe(args, RECIPES.get(f"{args.size} {args.arch}", RECIPES[args.size]))
+    if args.mode is None and args.adversarial is not None:
+        args.mode = "clean"
     if args.mode == "clean":
         cli.refuse_unused(args, parser, ["sigma"], "in --mode clean")
     args.from_scratch = args.from_scratch or args.arch != "vit"
@@ -226,8 +228,7 @@ def main():
     args = arguments()
     device = cli.open_device(args.device)
     args.bf16 = cli.training_precision(args.bf16, device, args.size)
-    default_modes = ["de3", "clean"] if args.adversarial is None else ["clean"]
-    for mode in [args.mode] if args.mode else default_modes:
+    for mode in [args.mode] if args.mode else ["de3", "clean"]:
         train(args, mode, device)
 
 

@@ -34,6 +34,7 @@ FIELDS = ("defense level seed run weights split images norm eps l2_radius steps 
           "l2_twice seconds").split()
 KEY = ("level", "seed", "run", "weights", "split", "images", "eps", "l2_radius", "steps", "eot",
        "attack_seed", "precision")
+MEASURED = FIELDS[FIELDS.index("clean"):]
 
 
 # -------------------------------------------------------------------------------- the readings
@@ -152,7 +153,7 @@ def main():
     if missing:
         raise UserError("models are missing; make them with: " + " && ".join(missing))
     path = runs.data_folder(args.runs, args.data) / "compare.csv"
-    measured, rows, progress = files.read_table(path, FIELDS), [], cli.Progress()
+    measured, rows, progress = files.read_table(path, FIELDS, MEASURED), [], cli.Progress()
     for entry in entries:
         for seed in args.seeds:
             _, folder = folders(entry, args, seed)

@@ -135,14 +135,8 @@ def shown(points):
     return dict(list(chosen.items())[:len(STYLES)])
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--table", type=Path, default=Path("runs/digits/compare.csv"),
-                        help="compare.csv or attack.csv; default runs/digits/compare.csv")
-    parser.add_argument("--against-clean", action="store_true", help="robust over clean accuracy")
-    parser.add_argument("--out", type=Path, help="default: tradeoff.png beside the table")
-    args = parser.parse_args()
+def plot(args):
+    """Read the table, choose what belongs to one attack, and draw it."""
     if not args.table.exists():
         raise UserError(f"there is no {args.table}: python -m studies.compare, or attack.py, writes it")
     with open(args.table, newline="", encoding="utf-8") as file:
@@ -175,6 +169,22 @@ def main():
         draw(path, shown(points_of_comparison(rows)), title)
     else:
         draw(path, shown(points_of_attack(rows)), title)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--table", type=Path, default=Path("runs/digits/compare.csv"),
+                        help="compare.csv or attack.csv; default runs/digits/compare.csv")
+    parser.add_argument("--against-clean", action="store_true", help="robust over clean accuracy")
+    parser.add_argument("--out", type=Path, help="default: tradeoff.png beside the table")
+    args = parser.parse_args()
+    try:
+        plot(args)
+    except UserError:
+        raise
+    except (ValueError, KeyError, TypeError, csv.Error) as error:  # no UTF-8, no number, no column
+        raise UserError(f"{args.table} is damaged ({error}): repair it, or measure again") from None
 
 
 if __name__ == "__main__":

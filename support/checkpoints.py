@@ -106,11 +106,18 @@ def fits_weights(config, state):
     """Whether a ViT's config is that of its weights; a wrong one could ask for any amount of memory."""
     if config.get("arch", "vit") != "vit":
         return True
-    blocks = {name.split(".")[1] for name in state if name.startswith("blocks.")}
-    tokens, patches = state.get("pos_embed", torch.zeros(1, 0, 0)), state.get("patch_embed.proj.weight")
     side = config["image_size"] // max(1, config["patch_size"])
-    return (len(blocks) == config["depth"] and tokens.shape == (1, side**2 + 1, config["embed_dim"])
-            and patches is not None and patches.shape[-1] == config["patch_size"])
+    patches = state.get("patch_embed.proj.weight")
+    if patches is None or patches.shape[-1] != config["patch_size"]:
+        return False
+    for part in ("", "decoder_") if "decoder_depth" in config else ("",):
+        blocks = {name.split(".")[1] for name in state if name.startswith(f"{part}blocks.")}
+        tokens = state.get(f"{part}pos_embed")
+        if len(blocks) != config[f"{part}depth"] or tokens is None:
+            return False
+        if tokens.shape != (1, side**2 + 1, config[f"{part}embed_dim"]):
+            return False
+    return True
 
 
 def implausible(checkpoint):

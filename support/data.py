@@ -35,13 +35,15 @@ from support import cli
 
 DIGITS_FILE = Path(__file__).parents[1] / "assets" / "digits.npz"
 PAPER = dict(pretrain_sigma="gamma:25,3", finetune_sigma="uniform:0,30", test_sigmas=(0, 35, 70, 140),
-             eps=4 / 255)
+             eps=4 / 255, attack_eps=(4 / 255, 8 / 255))
 COLOR = dict(size="small", pretrain_sigma="gamma:10,8", finetune_sigma="uniform:0,60",
-             test_sigmas=(0, 50, 100), eps=4 / 255, mean=(0.4914, 0.4822, 0.4465),
-             std=(0.2470, 0.2435, 0.2616))
-DEFAULTS = {  # of each data set: size of the models, sigmas, eps to compare at, mean and sd of pixels
+             test_sigmas=(0, 50, 100), eps=4 / 255, attack_eps=(4 / 255, 8 / 255),
+             mean=(0.4914, 0.4822, 0.4465), std=(0.2470, 0.2435, 0.2616))
+DEFAULTS = {  # of each data set: size of the models; sigmas; eps to compare at, and those of attack.py;
+    # mean and sd of its pixels
     "digits": dict(size="tiny", pretrain_sigma="gamma:10,12", finetune_sigma="uniform:100,400",
-                   test_sigmas=(0, 50), eps=16 / 255, mean=(0.306,) * 3, std=(0.324,) * 3),
+                   test_sigmas=(0, 50), eps=16 / 255, attack_eps=(8 / 255, 16 / 255),
+                   mean=(0.306,) * 3, std=(0.324,) * 3),
     "cifar10": COLOR,
     "FOLDER of small images": COLOR,
     "FOLDER": dict(size="base", **PAPER, mean=IMAGENET_MEAN, std=IMAGENET_STD),

@@ -93,10 +93,11 @@ def hold_folder(folder):
         left_over.unlink()
 
 
-def read_table(path, fields):
+def read_table(path, fields, numbers=()):
     """The rows of a CSV file, dicts of text; none where there is no file.
 
-    Raises UserError for other columns, for a row that lacks a field or has one too many, for no UTF-8.
+    numbers: the fields that hold a number, or nothing. Raises UserError for other columns, for a row
+    that lacks a field or has one too many, for a number that is none, for no UTF-8.
     """
     if not path.exists():
         return []
@@ -108,8 +109,12 @@ def read_table(path, fields):
             for row in table:
                 if None in row or None in row.values():
                     raise csv.Error("cut off, or with too many fields")
+                for name in numbers:
+                    float(row[name] or 0)
                 rows.append(row)
-        except (UnicodeDecodeError, csv.Error) as error:
+        except UserError:
+            raise
+        except (ValueError, csv.Error) as error:  # no UTF-8, or no number
             raise UserError(f"{path} is damaged near line {table.reader.line_num} ({error}): repair "
                             "that line, or move the file away") from None
     return rows

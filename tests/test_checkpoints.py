@@ -136,8 +136,11 @@ class TestEntries(unittest.TestCase):
         """It could ask for any amount of memory: refused before a model is made."""
         for kind in checkpoints.TYPES:
             *_, whole = self.small[kind]
-            for name, value in (("depth", 9999), ("depth", 1), ("image_size", 8000), ("patch_size", 1),
-                                ("embed_dim", 9000), ("num_heads", 0), ("num_heads", 3)):
+            changes = [("depth", 9999), ("depth", 1), ("image_size", 8000), ("patch_size", 1),
+                       ("embed_dim", 9000), ("num_heads", 0), ("num_heads", 3)]
+            if kind == "autoencoder":
+                changes += [("decoder_depth", 9999), ("decoder_embed_dim", 8000)]
+            for name, value in changes:
                 torch.save(with_entry(whole, f"config/{name}", value), self.path)
                 self.assertTrue(self.refused(lambda: self.use(kind)), (name, value))
 

@@ -144,6 +144,9 @@ class TestCompare(unittest.TestCase):
         (folder / "digits/compare.csv").write_text("a,b\n1,2\n")
         assert_refused(run("studies.compare", "--runs", folder), "compare.csv is not a table")
         self.assertEqual((folder / "digits/compare.csv").read_text(), "a,b\n1,2\n")
+        words = ",".join(["much"] * len(compare.FIELDS))
+        (folder / "digits/compare.csv").write_text(",".join(compare.FIELDS) + f"\n{words}\n")
+        assert_refused(run("studies.compare", "--runs", folder), "compare.csv is damaged near line 2")
 
     def readings(self, de3):
         """What `measure` finds for a defense of the linear classifier, on 40 digits."""
@@ -237,6 +240,11 @@ class TestPlot(unittest.TestCase):
         folder = new_folder()
         assert_refused(run("studies.plot", "--table", folder / "none.csv"), "none.csv")
         assert_refused(run("studies.plot", "--table", self.save([{"a": 1}])), "is no table of")
+        no_number = [{**row, "robust_accuracy": "much"} for row in self.ATTACK]
+        assert_refused(run("studies.plot", "--table", self.save(no_number)), "is damaged")
+        binary = folder / "binary.csv"
+        binary.write_bytes(b"\xff\xfe\0")
+        assert_refused(run("studies.plot", "--table", binary), "is damaged")
         without = mock.patch.dict(sys.modules, {"matplotlib.figure": None})
         with without:
             assert_refused(run("studies.plot", "--table", self.save(self.ATTACK)), "pip install")

@@ -20,6 +20,8 @@ class TestFlags(unittest.TestCase):
         """A flag that nothing would use."""
         runs = ("--runs", new_folder())
         self.refused("pretrain", "--task", "mim", "--sigma", 75, *runs, says="--sigma changes nothing")
+        self.refused("finetune", "--adversarial", "8/255", "--sigma", 75, *runs,
+                     says="--sigma changes nothing")
         clean = ("--mode", "clean", *runs)
         self.refused("finetune", *clean, "--sigma", 75, says="--sigma changes nothing")
         self.refused("finetune", *clean, "--keep-visible", says="--keep-visible changes nothing")

@@ -1,6 +1,7 @@
 """Images that are loaded by other processes, and what may go wrong with the machine."""
 
 import contextlib
+import io
 import os
 import shutil
 import signal
@@ -94,21 +95,17 @@ class TestLoading(unittest.TestCase):
         next(iter(data.Loader(dataset, 10)))
 
     def test_what_ctrl_c_says(self):
-        """Only training goes on with --resume."""
-        for script, resumes in (("pretrain", True), ("attack", False)):
-            with mock.patch(f"{script}.arguments", side_effect=KeyboardInterrupt), \
-                    mock.patch.object(sys, "argv", [f"{script}.py", "--overwrite"]):
-                code, err = None, None
-                try:
-                    with contextlib.redirect_stderr(open(os.devnull, "w")), \
-                            mock.patch("builtins.print") as said:
-                        module = sys.modules[script]
-                        cli.run_script(module.main, resumable=resumes)
-                except SystemExit as stop:
-                    code, err = stop.code, said.call_args.args[0]
-            self.assertEqual(code, 130)
-            self.assertEqual("python pretrain.py --resume" in err, resumes)
-            self.assertNotIn("--overwrite", err)
+        """A run that can be resumed: by its own command, without --overwrite."""
+        def interrupted():
+            raise KeyboardInterrupt
+        for resumable in (True, False):
+            with mock.patch.object(sys, "argv", ["pretrain.py", "--seed", "3", "--overwrite"]), \
+                    contextlib.redirect_stderr(io.StringIO()) as err, \
+                    self.assertRaises(SystemExit) as stop:
+                cli.run_script(interrupted, resumable)
+            self.assertEqual(stop.exception.code, 130)
+            self.assertEqual("python pretrain.py --seed 3 --resume" in err.getvalue(), resumable)
+            self.assertNotIn("--overwrite", err.getvalue())
 
     def test_out_of_memory(self):
         """Of a GPU, of PyTorch's allocator for the CPU, of Python: what to do."""
