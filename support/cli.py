@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import ctypes
 import functools
 import math
 import os
@@ -170,11 +171,28 @@ def open_device(name):
     if device.type == "cuda":
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")  # TF32 where fp32 stays
+    else:
+        keep_freed_memory()
     if under_torchrun and not dist.is_initialized():
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
     if rank() > 0:
         sys.stdout = open(os.devnull, "w")
     return device
+
+
+def keep_freed_memory():
+    """Let the C library keep freed memory for the next tensors; outside of Linux nothing happens.
+
+    Otherwise glibc returns a step's large tensors to the system, which zeroes their pages anew in
+    the next step.
+    """
+    if sys.platform != "linux":
+        return
+    c_library = ctypes.CDLL(None)
+    if hasattr(c_library, "mallopt"):
+        M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, gibibyte = -1, -3, 2**30  # of malloc.h
+        c_library.mallopt(M_MMAP_THRESHOLD, gibibyte)
+        c_library.mallopt(M_TRIM_THRESHOLD, gibibyte)
 
 
 def rank():

@@ -97,9 +97,9 @@ def parameter_groups(model, weight_decay, layer_decay=1.0):
         else:
             layer = depth + 1
         decays = parameter.dim() > 1 and name not in getattr(model, "no_weight_decay", ())
-        group = groups.setdefault((layer, decays), dict(
-            params=[], weight_decay=weight_decay if decays else 0.0,
-            lr_scale=layer_decay ** (depth + 1 - layer)))
+        lr_scale = layer_decay ** (depth + 1 - layer)
+        group = groups.setdefault((lr_scale, decays), dict(  # few groups: each is a call in every step
+            params=[], weight_decay=weight_decay if decays else 0.0, lr_scale=lr_scale))
         group["params"].append(parameter)
     return list(groups.values())
 

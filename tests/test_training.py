@@ -3,6 +3,8 @@
 import contextlib
 import io
 import math
+import subprocess
+import sys
 import unittest
 from unittest import mock
 
@@ -11,8 +13,8 @@ from torch import nn
 
 from model import UserError
 from support import cli, runs, training
-from tests.helpers import (assert_near, assert_refused, finished, new_folder, photo_flags, photo_runs,
-                           read_csv, run, small_autoencoder, small_classifier)
+from tests.helpers import (REPOSITORY, assert_near, assert_refused, finished, new_folder, photo_flags,
+                           photo_runs, read_csv, run, small_autoencoder, small_classifier)
 
 
 class TestTraining(unittest.TestCase):
@@ -105,6 +107,23 @@ class TestTraining(unittest.TestCase):
             with mock.patch("time.perf_counter", side_effect=[0.0, 1.0, 1.0, bf16_ends]):
                 self.assertEqual(cli.bf16_is_faster(), faster)
         cli.bf16_is_faster.cache_clear()
+
+
+class TestMemory(unittest.TestCase):
+    @unittest.skipUnless(sys.platform == "linux", "glibc is asked")
+    def test_freed_memory_is_kept(self):
+        """The same tensors need next to no new pages of the system in the sixth step, say."""
+        program = ("import resource, torch; from support import cli; cli.open_device('cpu')\n"
+                   "def new_pages():\n"
+                   "    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n"
+                   "    torch.ones(2**24)\n"
+                   "    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before\n"
+                   "print(*[new_pages() for step in range(6)])")
+        printed = subprocess.run([sys.executable, "-c", program], cwd=REPOSITORY, text=True,
+                                 capture_output=True, check=True).stdout
+        pages = [int(number) for number in printed.split()]
+        self.assertGreater(pages[0], 1000)
+        self.assertLess(pages[-1], 100)
 
 
 class Terminal(io.StringIO):
