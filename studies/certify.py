@@ -146,8 +146,9 @@ def main():
         with cli.autocast(args.bf16, device):
             rows = certify_images(de3, single_images, args.n0, args.n, args.max_batch, progress.show)
         progress.clear()
-        print(f"{words} ({run}): {len(own_images)} {args.split} images, class from {args.n0} draws, "
-              f"bound from {args.n}, 99.9% confidence, seed {args.seed}\n")
+        name = words if run in words else f"{words} ({run})"
+        print(f"{name}: {len(own_images)} {args.split} images, class from {args.n0} draws, bound "
+              f"from {args.n}, 99.9% confidence, seed {args.seed}\n")
         print_table(rows, de3, args.n, own_images[0][0].shape)
         folder = evaluation.results_folder(runs.data_folder(args.runs, args.data), run)
         save_table(folder / f"certify_sigma{de3.sigma}.csv", rows)

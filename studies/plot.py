@@ -50,6 +50,11 @@ def points_of_attack(rows):
     return points
 
 
+def sigma_of(level):
+    """The number in "σ = 50"; -1 for "off"."""
+    return float(level.removeprefix("σ = ")) if level.startswith("σ") else -1.0
+
+
 def new_figure(height):
     """A matplotlib figure of two panels that share their vertical axis."""
     try:
@@ -72,7 +77,8 @@ def draw_against_clean(path, points_of_panels, title):
     figure, panels = new_figure(height=6)
     whats = "one shot, PGD with EOT", "the worst of one shot, ten tries, noise known"
     for panel, points, what in zip(panels, points_of_panels, whats):
-        for (name, levels), (color, line, marker) in zip(points.items(), STYLES):
+        for (name, found), (color, line, marker) in zip(points.items(), STYLES):
+            levels = dict(sorted(found.items(), key=lambda item: sigma_of(item[0])))
             x = [mean(clean for clean, _ in values) for values in levels.values()]
             y = [mean(robust for _, robust in values) for values in levels.values()]
             panel.plot(x, y, color=color, linestyle=line, linewidth=2, marker=marker, markersize=8,
@@ -94,14 +100,14 @@ def draw_against_clean(path, points_of_panels, title):
 
 def draw(path, points, title):
     """Two panels over sigma, labels at the right end of the curves of the right panel."""
-    sigmas = sorted({float(level[4:]) for levels in points.values() for level in levels
+    sigmas = sorted({sigma_of(level) for levels in points.values() for level in levels
                      if level.startswith("σ")})
     if len(sigmas) < 2:
         raise UserError("the table holds fewer than two sigmas: test more, with --sigma")
     figure, panels = new_figure(height=4.6)
     ends = []
     for (name, levels), (color, line, marker) in zip(points.items(), STYLES):
-        found = {float(level[4:]): values for level, values in levels.items() if level.startswith("σ")}
+        found = {sigma_of(level): values for level, values in levels.items() if level.startswith("σ")}
         has_sigma = bool(found)
         if not has_sigma:
             everything = [value for values in levels.values() for value in values]

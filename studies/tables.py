@@ -50,7 +50,8 @@ TABLES = {
         Entry("MIM, whole output", MIM, {"mode": "de3"}, mask_ratios=(0.5, 0.75)),
         Entry("De³, fine-tuned on U(50, 150)", COLOR, {"mode": "de3", "sigma": "uniform:50,150"},
               (0, 50, 100)),
-        Entry("noise only", COLOR, {"mode": "no-denoise", "sigma": "uniform:50,150"}, (50, 100)),
+        Entry("noise only", COLOR, {"mode": "no-denoise", "sigma": "uniform:50,150"},
+              (0, 50, 100)),
     ], images=300, l2=0.0),
 }
 
