@@ -7,8 +7,7 @@
 
 defend.png shows a few test images, under PGD without the defense and under PGD with EOT through De³,
 with De³'s noise, and denoised. Under each stands the answer, at the left who gives it; wrong answers
-are red. Images of one's own should look like the data set's: the digits are bright on dark. A
-certificate for De³: python -m studies.certify. Next: attack.py.
+are red. One's own images should look like the data set's: the digits are bright on dark. Next: attack.py.
 """
 
 import time
@@ -50,7 +49,7 @@ def purify_photos(args, defenses, checkpoint, device):
         for words, run, _, de3 in defenses:
             with torch.no_grad():
                 torch.manual_seed(args.seed)
-                confidence, label = de3(image[None].to(device)).softmax(1)[0].max(0)
+                confidence, label = de3(image[None].to(device)).float().softmax(1)[0].max(0)
                 torch.manual_seed(args.seed)  # the picture shows the draw that was classified
                 purified = de3.purify(image[None].to(device))
             name = classes[label] if classes else label
@@ -115,25 +114,26 @@ def main():
     args = arguments()
     device = cli.open_device(args.device)
     defenses, checkpoint = evaluation.load_defenses(args, device, args.votes)
-    if args.photos:
-        if cli.rank() == 0:
-            purify_photos(args, defenses, checkpoint, device)
-        return
-    own_images, images_in_all, classes = evaluation.load_test_images(args, checkpoint)
-    batches = evaluation.test_batches(args, own_images, device)
-    print_clean_accuracy(args, defenses, batches, images_in_all)
+    with cli.autocast(args.bf16, device):
+        if args.photos:
+            if cli.rank() == 0:
+                purify_photos(args, defenses, checkpoint, device)
+            return
+        own_images, images_in_all, classes = evaluation.load_test_images(args, checkpoint)
+        batches = evaluation.test_batches(args, own_images, device)
+        print_clean_accuracy(args, defenses, batches, images_in_all)
 
-    # the picture: De³ at its middle level, beside the undefended classifier
-    defended = [de3 for _, _, _, de3 in defenses if de3.defended]
-    undefended = [de3 for _, _, _, de3 in defenses if not de3.defended]
-    if not defended or cli.rank() > 0:
-        return
-    de3 = defended[len(defended) // 2]
-    undefended = undefended[0] if undefended else De3(None, de3.classifier, None)
-    few = data.evenly_spread(own_images, PICTURED)
-    images, labels = next(iter(data.Loader(few, PICTURED, device=device)))
-    draw_defense(runs.data_folder(args.runs, args.data) / "defend.png", args, undefended, de3,
-                 images, labels, classes)
+        # the picture: De³ at its middle level, beside the undefended classifier
+        defended = [de3 for _, _, _, de3 in defenses if de3.defended]
+        undefended = [de3 for _, _, _, de3 in defenses if not de3.defended]
+        if not defended or cli.rank() > 0:
+            return
+        de3 = defended[len(defended) // 2]
+        undefended = undefended[0] if undefended else De3(None, de3.classifier, None)
+        few = data.evenly_spread(own_images, PICTURED)
+        images, labels = next(iter(data.Loader(few, PICTURED, device=device)))
+        path = runs.data_folder(args.runs, args.data) / "defend.png"
+        draw_defense(path, args, undefended, de3, images, labels, classes)
 
 
 if __name__ == "__main__":

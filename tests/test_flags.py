@@ -7,6 +7,7 @@ import torch
 
 import finetune
 import pretrain
+from model import De3
 from tests.helpers import (assert_refused, digits_runs, finished, new_folder, photo_flags, photo_runs,
                            photos, run, training)
 
@@ -45,6 +46,24 @@ class TestFlags(unittest.TestCase):
             self.refused("finetune", "--mode", "de3", "--autoencoder", source, *flags,
                          *photo_flags(folder), says=says)
             self.assertEqual(list(folder.rglob("log.csv")), [])
+
+    def test_bf16_is_used(self):
+        """Every evaluating script runs its models in bfloat16 with --bf16, and only then."""
+        seen, forward = set(), De3.forward
+
+        def noting(de3, images):
+            seen.add(torch.is_autocast_enabled("cpu"))
+            return forward(de3, images)
+        own = ("--runs", digits_runs()[0], "--sigma", 50)
+        photo = next(photos().glob("val/*/*"))
+        for words in (("defend", "--images", 8, "--steps", 1), ("defend", photo),
+                      ("attack", "--images", 8, "--steps", 1, "--attack", "pgd"),
+                      ("studies.certify", "--images", 1, "--n", 10)):
+            for flag in ("--bf16", "--no-bf16"):
+                with self.subTest(words, flag=flag), mock.patch.object(De3, "forward", noting):
+                    seen.clear()
+                    finished(run(*words, *own, flag))
+                    self.assertEqual(seen, {flag == "--bf16"})
 
     def test_settings(self):
         """Of a run stand in its checkpoint, those that its mode uses and no others."""
