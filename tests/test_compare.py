@@ -218,6 +218,11 @@ class TestPlot(unittest.TestCase):
             table.writerows(rows)
         return path
 
+    def test_order_of_levels(self):
+        """By sigma, not as they stand in the table, or as text."""
+        self.assertEqual(sorted(["σ = 100", "σ = 50", "off", "σ = 0"], key=plot.sigma_of),
+                         ["off", "σ = 0", "σ = 50", "σ = 100"])
+
     @unittest.skipUnless(importlib.util.find_spec("matplotlib"), "matplotlib is not installed")
     def test_script(self):
         comparison = [dict(defense=name, level=level, seed=seed, images="100", split="test",
