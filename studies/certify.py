@@ -146,9 +146,8 @@ def main():
         with cli.autocast(args.bf16, device):
             rows = certify_images(de3, single_images, args.n0, args.n, args.max_batch, progress.show)
         progress.clear()
-        name = words if run in words else f"{words} ({run})"
-        print(f"{name}: {len(own_images)} {args.split} images, class from {args.n0} draws, bound "
-              f"from {args.n}, 99.9% confidence, seed {args.seed}\n")
+        print(f"{words}: {len(own_images)} {args.split} images, class from {args.n0} draws, bound from "
+              f"{args.n}, 99.9% confidence, seed {args.seed}\n")
         print_table(rows, de3, args.n, own_images[0][0].shape)
         folder = evaluation.results_folder(runs.data_folder(args.runs, args.data), run)
         save_table(folder / f"certify_sigma{de3.sigma}.csv", rows)

@@ -110,7 +110,8 @@ def fits_weights(config, state):
     patches = state.get("patch_embed.proj.weight")
     if patches is None or patches.shape[-1] != config["patch_size"]:
         return False
-    for part in ("", "decoder_") if "decoder_depth" in config else ("",):
+    parts = ["", "decoder_"] if "decoder_depth" in config else [""]
+    for part in parts:
         blocks = {name.split(".")[1] for name in state if name.startswith(f"{part}blocks.")}
         tokens = state.get(f"{part}pos_embed")
         if len(blocks) != config[f"{part}depth"] or tokens is None:

@@ -261,13 +261,20 @@ def training_precision(bf16, device, size):
     """
     if bf16 is None:
         return device.type == "cuda" or (size != "tiny" and bf16_is_faster())
-    if bf16 and device.type == "cpu" and not bf16_is_faster():
-        print("--bf16: bfloat16 is slower than float32 on this processor")
     return bf16
 
 
+@functools.cache
+def note_slow_bf16():
+    """Say, once in a run, that bfloat16 is slower than float32 on this processor, where it is."""
+    if not bf16_is_faster():
+        print("--bf16: bfloat16 is slower than float32 on this processor")
+
+
 def autocast(bf16, device):
-    """bfloat16 autocast, if bf16 is true."""
+    """bfloat16 autocast, if bf16 is true; says so where that is slower."""
+    if bf16 and device.type == "cpu":
+        note_slow_bf16()
     return torch.autocast(device.type, torch.bfloat16, enabled=bool(bf16))
 
 

@@ -48,7 +48,7 @@ class TestFlags(unittest.TestCase):
             self.assertEqual(list(folder.rglob("log.csv")), [])
 
     def test_bf16_is_used(self):
-        """Every evaluating script runs its models in bfloat16 with --bf16, and only then."""
+        """defend, attack and certify run their models in bfloat16 with --bf16, and only then."""
         seen, forward = set(), De3.forward
 
         def noting(de3, images):
