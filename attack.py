@@ -1,27 +1,32 @@
 """Stage 4, attack.py: PGD by hand, and the table of clean and robust accuracy over sigma.
 
     python attack.py                                 undefended against De³, on the digits
-    python attack.py --classifier RUN ... --eps 4/255 --sigma off 0 50
-    python attack.py --steps 100 --eot 16 --restarts 3 --loss ce margin       a stronger attack
+    python attack.py RUN RUN --eps 4/255 --sigma off 0 50         any runs of finetune.py
+    python attack.py RUN --steps 100 --eot 16 --restarts 3 --loss ce margin       a stronger attack
 
 Every attack is white-box through the whole defense unless --threat gray. A random defense must be
 attacked with EOT (pgd+eot): the gradient is averaged over --eot draws; plain pgd and fgsm see one
 draw per step and overstate it. Robust accuracy is measured after the attack, on fresh draws of the
-defense (the mean over draws: one shot). Appends its rows to RUNS/<data>/attack.csv. Whether the
-attack can be believed: python -m studies.audit.
+defense (the mean over draws: one shot). Appends its rows to attack.csv in the folder in which the
+first run lies. Whether the attack can be believed: python -m studies.audit.
 """
 
 import time
 import warnings
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from torch import nn
+from torchvision.ops import StochasticDepth
 
 from model import UserError, check_images
-from support import cli, data, evaluation, training
+from support import cli, data, report, run, training, weights
 
 DRAWS = 5  # fresh draws of a random defense that score it
 FOOLED_MARGIN = 1e-3  # early stop: fooled only above this, so that rounding cannot undo it
+CODE = ("model.py", "attack.py", "support/training.py")  # what decides the numbers
 
 
 # --------------------------------------------------------------------------- PGD (Madry et al. 2018)
@@ -47,6 +52,15 @@ def objective(logits, labels, targets, loss):
     return loss_of(labels) if targets is None else -loss_of(targets)
 
 
+def check_logits(logits):
+    """UserError unless a model's output is what PGD can climb: logits that depend on the images."""
+    if not torch.is_tensor(logits) or logits.dim() != 2:
+        raise UserError(f"the model must return logits, a tensor [B, classes], not {type(logits).__name__}")
+    if not logits.requires_grad:
+        raise UserError("the model's logits have no gradient with respect to the images: it detaches them "
+                        "or works under no_grad, and PGD cannot attack it")
+
+
 def input_gradient(model, current, labels, targets, loss, eot, max_batch=None):
     """Gradient of the objective at the current images, averaged over eot draws of the model.
 
@@ -64,16 +78,13 @@ def input_gradient(model, current, labels, targets, loss, eot, max_batch=None):
         with torch.enable_grad():
             x = current.detach().requires_grad_()
             logits = model(x.repeat(draws, 1, 1, 1))  # [draws·B, classes]; each copy has its own noise
+            check_logits(logits)
             gain = objective(logits, repeated_labels, repeated_targets, loss)
             total += torch.autograd.grad(gain.sum(), x)[0]  # of x: the sum over its copies
         margin_of_draws = objective(logits.detach(), repeated_labels, repeated_targets, "margin")
         margins += margin_of_draws.view(draws, -1).sum(0)
-    largest = total.abs().max()
-    if not largest.isfinite():
+    if not total.abs().max().isfinite():
         raise UserError("the model's gradient with respect to its input is not finite")
-    if largest == 0:
-        warnings.warn("the gradient is zero in every pixel of every image: the model masks it, and PGD "
-                      "does not attack it", stacklevel=3)
     return total / eot, margins / eot
 
 
@@ -110,10 +121,28 @@ def strongest(model, candidates, labels, targets=None, draws=10):
     with torch.no_grad():
         margins = torch.stack([torch.stack([objective(model(x), labels, targets, "margin")
                                             for _ in range(draws)]) for x in candidates])
-    error_rate, mean_margin = (margins > 0).double().mean(1), margins.mean(1)  # [candidates, B]
+    error_rate, mean_margin = (margins > 0).float().mean(1), margins.mean(1)  # [candidates, B]
     errs_most = error_rate == error_rate.amax(0)
     best = mean_margin.where(errs_most, -torch.inf).argmax(0)
     return torch.stack(candidates)[best, torch.arange(len(labels), device=best.device)]
+
+
+def without_gradient(gradient, margins):
+    """Which images are still right (margin below 0) and have a gradient of zero in every pixel: [B]."""
+    return (gradient.flatten(1).abs().amax(1) == 0) & (margins < 0)
+
+
+def warn_of_weak_settings(model, eps, steps, step_size, random_start):
+    """Warn of an attack that is weaker than it seems."""
+    needed = 2 * eps if random_start else eps  # from a random start across the ball, or to its edge
+    if steps * step_size < needed * (1 - 1e-6):
+        warnings.warn(f"{steps} steps of {255 * step_size:.3g}/255 cannot cross the ball of radius "
+                      f"{255 * eps:.3g}/255: give more or larger steps", stacklevel=3)
+    acting = (nn.modules.batchnorm._BatchNorm, nn.modules.dropout._DropoutNd, StochasticDepth)
+    if isinstance(model, nn.Module) and any(part.training and isinstance(part, acting)
+                                            and getattr(part, "p", 1) > 0 for part in model.modules()):
+        warnings.warn("the model is in training mode (its batch norm, dropout or drop path): call "
+                      "model.eval() first", stacklevel=3)
 
 
 def pgd(model, images, labels, eps, steps, step_size=None, norm="linf", random_start=True,
@@ -129,8 +158,11 @@ def pgd(model, images, labels, eps, steps, step_size=None, norm="linf", random_s
     early_stop: leave an image as it is once it fools the model. Only for deterministic models: on a
         random one it stops at lucky draws.
     max_batch: draws of EOT run together up to so many images; None: one draw at a time.
+    Where the cross-entropy of an image underflows, so that it has no gradient, the margin loss is used
+    for that image, and a warning says for how many; another one for those without any gradient (that
+    is masking), for a walk too short to cross the ball, and for a model in training mode.
     Raises UserError for images that are not floats in [0, 1], labels that do not fit, and settings out
-    of range. Warns where the gradient is zero everywhere: that is masking.
+    of range.
     """
     check_images(images)
     if images.dtype not in (torch.float32, torch.float64):  # coarser ones round out of the ball
@@ -146,7 +178,9 @@ def pgd(model, images, labels, eps, steps, step_size=None, norm="linf", random_s
     if min(steps, restarts, eot) < 1 or (step_size is not None and not step_size >= 0):
         raise UserError("steps, restarts and eot must be at least 1, step_size not negative")
     step_size = 2.5 * eps / steps if step_size is None else step_size
+    warn_of_weak_settings(model, eps, steps, step_size, random_start)
     images, candidates = images.detach(), []
+    underflows, masked = set(), set()  # the images that have no gradient of the loss, and none at all
     for _ in range(restarts):
         x = random_point(images, eps, norm) if random_start else images.clone()
         active = torch.arange(len(images), device=images.device)  # the images still attacked
@@ -156,6 +190,14 @@ def pgd(model, images, labels, eps, steps, step_size=None, norm="linf", random_s
             active_targets = None if targets is None else targets[active]
             gradient, margins = input_gradient(model, x[active], labels[active], active_targets, loss,
                                                eot, max_batch)
+            stuck = without_gradient(gradient, margins)  # still right, and nowhere to go
+            if stuck.any():
+                numbers = active[stuck]
+                gradient[stuck], _ = input_gradient(
+                    model, x[numbers], labels[numbers], None if targets is None else targets[numbers],
+                    "margin", eot, max_batch)
+                underflows.update(numbers.tolist())
+                masked.update(active[without_gradient(gradient, margins)].tolist())
             if early_stop:
                 not_yet_fooled = margins <= FOOLED_MARGIN  # the others leave for good
                 active, gradient = active[not_yet_fooled], gradient[not_yet_fooled]
@@ -165,6 +207,14 @@ def pgd(model, images, labels, eps, steps, step_size=None, norm="linf", random_s
                 direction = F.normalize(gradient.flatten(1), eps=1e-30).view_as(gradient)
             x[active] = project(x[active] + step_size * direction, images[active], eps, norm)
         candidates.append(x)
+    if underflows - masked and loss == "ce":
+        warnings.warn(f"{len(underflows - masked)} of {len(images)} images that were still right had no "
+                      "gradient of the cross-entropy, which underflows on an overconfident model: the "
+                      "margin loss (loss='margin') was used for them", stacklevel=2)
+    if masked:
+        warnings.warn(f"{len(masked)} of {len(images)} images that were still right had no gradient at "
+                      "all, with the margin loss neither: the model masks it, and PGD does not attack "
+                      "them", stacklevel=2)
     return candidates[0] if restarts == 1 else strongest(model, candidates, labels, targets)
 
 
@@ -173,8 +223,17 @@ def pgd(model, images, labels, eps, steps, step_size=None, norm="linf", random_s
 def accuracy(model, images, labels, draws):
     """Share of correct predictions of each image over fresh draws of the model: [B]."""
     with torch.no_grad():
-        return torch.stack([(model(images).argmax(1) == labels).double()
+        return torch.stack([(model(images).argmax(1) == labels).float()
                             for _ in range(draws)]).mean(0)
+
+
+def is_random(model, images):
+    """Whether a model needs EOT: it says so, or two calls on these images differ."""
+    if getattr(model, "is_random", False):
+        return True
+    with torch.no_grad():
+        first, second = model(images), model(images)
+    return not torch.allclose(first, second, rtol=1e-3, atol=1e-4)
 
 
 def check_adversarial(adversarial, images, eps, norm):
@@ -185,128 +244,148 @@ def check_adversarial(adversarial, images, eps, norm):
         raise UserError(f"an adversarial image left the ball: {length.max():.6f} over eps {eps:.6f}")
 
 
-def attack_batches(defense, attacked, batches, eps, norm, losses, draws, settings, show):
-    """Attack every batch, check the ball, score on fresh draws.
+class Attack(NamedTuple):
+    """A row of ATTACKS: a function with the arguments of pgd, and those that are not the flags'.
 
-    attacked: the model that the attacker differentiates. losses: one attack each, the strongest
-    counts. settings: the other arguments of pgd. show(text, done) tells how far it is.
-    Returns images, adversarial images, labels, and the share of correct draws of each image.
+    fixed(eps) gives these. With "+eot" behind its name an attack averages its gradients over draws.
+    """
+    run: Callable
+    fixed: Callable = lambda eps: {}
+
+
+ATTACKS = {
+    "fgsm": Attack(pgd, lambda eps: dict(steps=1, step_size=eps, random_start=False, restarts=1)),
+    "pgd": Attack(pgd),
+}
+
+
+def attack_batches(attack, defense, attacked, batches, eps, norm, losses, draws, settings,
+                   show=lambda text, done=None: None):
+    """Attack every batch, check the ball, score on fresh draws: share of correct draws of each, [N].
+
+    attack: a function with the arguments of pgd. attacked: the model that the attacker differentiates.
+    losses: one attack each, the strongest counts. settings: the other arguments of the attack.
+    show(text, done) tells how far it is.
     """
     results = []
-    show(f"{len(batches)} batch(es)")
     for number, (images, labels) in enumerate(batches, start=1):
-        candidates = [pgd(attacked, images, labels, eps, norm=norm, loss=loss, **settings)
+        candidates = [attack(attacked, images, labels, eps, norm=norm, loss=loss, **settings)
                       for loss in losses]
         adversarial = candidates[0]
         if len(candidates) > 1:
             adversarial = strongest(attacked, candidates, labels)
         check_adversarial(adversarial, images, eps, norm)
-        correct = accuracy(defense, adversarial, labels, draws)
-        results.append((images, adversarial, labels, correct))
-        so_far = torch.cat([correct for _, _, _, correct in results]).mean()
-        show(f"batch {number} of {len(batches)}, robust so far {100 * so_far:.1f}%",
+        results.append(accuracy(defense, adversarial, labels, draws))
+        show(f"batch {number} of {len(batches)}, robust so far {100 * torch.cat(results).mean():.1f}%",
              number / len(batches))
-    return [torch.cat(values) for values in zip(*results)]
+    return torch.cat(results) if results else torch.zeros(0)
 
 
 # ----------------------------------------------------------------------------------- the stage
 
 def arguments():
     parser = cli.stage_parser(__doc__)
-    evaluation.evaluation_flags(parser, images=80)
+    weights.evaluation_flags(parser, images=80)
     add = parser.add_argument
-    add("--attack", nargs="+", choices=["fgsm", "pgd", "pgd+eot"], default=["fgsm", "pgd", "pgd+eot"],
-        help="default: all three")
-    add("--eps", nargs="+", type=cli.eps, help="default 8/255 16/255, color 4/255 8/255; none for l2")
+    names = [name + eot for name in ATTACKS for eot in ("", "+eot")]
+    add("--attack", nargs="+", choices=names, default=["fgsm", "pgd", "pgd+eot"],
+        help="default: fgsm pgd pgd+eot")
+    add("--eps", nargs="+", type=cli.eps, help="radius in [0, 1] units, as 8/255; default 8/255 16/255, "
+        "color 4/255 8/255; for l2 the length over all pixels, without default")
     add("--norm", choices=["linf", "l2"], default="linf", help="default linf")
     add("--steps", type=cli.count, default=20, help="of pgd, default 20")
     add("--step-size", type=cli.eps, help="of pgd, as 2/255; default 2.5 eps/steps")
     add("--restarts", type=cli.count, default=1, help="of pgd, default 1")
     add("--eot", type=cli.count, default=8, help="draws in each gradient of pgd+eot, default 8")
     add("--loss", nargs="+", choices=["ce", "margin"], default=["ce"], help="both: the stronger one")
-    add("--save", metavar="FILE.npz", help="keep what a run of one row found, image by image")
     add("--threat", choices=["white", "gray"], default="white", help="gray: the classifier alone")
-    args = parser.parse_args()
-    data.set_size(args)
-    if args.eps is None and args.norm == "l2":
+    args = cli.parse(parser)
+    if args.norm == "l2" and args.eps is None:
         raise UserError("--norm l2 needs --eps, a length over all pixels: 1 or 2, say")
-    args.eps = args.eps or data.defaults(args.data)["attack_eps"]
-    if args.norm == "linf" and max(args.eps) > 1:
+    if args.norm == "linf" and max(args.eps or [0]) > 1:
         raise UserError(f"--eps {max(args.eps):g} is more than the range of the pixels, 1; write 8/255")
-    if "pgd+eot" not in args.attack or args.threat == "gray":
-        cli.refuse_unused(args, parser, ["eot"], "without a white-box pgd+eot")
+    if args.threat == "gray" or not any(name.endswith("+eot") for name in args.attack):
+        cli.refuse_unused(args, ["eot"], "without a white-box attack with +eot")
     if args.step_size == 0:
         raise UserError("--step-size 0 moves nothing: give a positive one, as 2/255")
     return args
 
 
-def attack_settings(args, attack, eps, de3):
-    """The arguments of `pgd` for one row of the table; attack: "fgsm", "pgd" or "pgd+eot"."""
-    white_box = args.threat == "white"
-    if attack == "fgsm":
-        settings = dict(steps=1, step_size=eps, random_start=False, restarts=1)
-    else:
-        step_size = 2.5 * eps / args.steps if args.step_size is None else args.step_size
-        settings = dict(steps=args.steps, step_size=step_size, restarts=args.restarts)
-    averaged = attack == "pgd+eot" and de3.is_random and white_box
+def attack_settings(args, name, eps, random):
+    """The arguments of an attack for one row of the table; random: the defense needs EOT."""
+    base = name.removesuffix("+eot")
+    settings = dict(steps=args.steps, restarts=args.restarts, step_size=args.step_size)
+    if args.step_size is None:
+        settings["step_size"] = 2.5 * eps / args.steps
+    settings.update(ATTACKS[base].fixed(eps))
+    averaged = name != base and random and args.threat == "white"
     settings.update(eot=args.eot if averaged else 1, max_batch=args.max_batch,
-                    early_stop=not de3.is_random and white_box)
+                    early_stop=not random and args.threat == "white")
     return settings
+
+
+def print_heading(args, tested, images):
+    """What the table is about; returns the width of its first column."""
+    step = "2.5 eps/steps" if args.step_size is None else f"{255 * args.step_size:.3g}/255"
+    width = max(len(one.words) for one in tested)
+    print(f"{images} {args.split} images of {args.data}, {args.norm}, {args.steps} steps of {step}, EOT "
+          f"{args.eot}, {args.restarts} restart(s), loss {'+'.join(args.loss)}, {args.threat}-box, "
+          f"{DRAWS} draws, seed {args.seed}; accuracy in % [95% interval]\n\n{'defense':{width}} "
+          f"{'eps':>7}  {'attack':8} {'clean':>19} {'robust':>19} {'seconds':>8}   gradients/s")
+    return width
 
 
 def main():
     args = arguments()
     device = cli.open_device(args.device)
-    defenses, checkpoint = evaluation.load_defenses(args, device)
-    if args.save and (len(defenses) * len(args.eps) * len(args.attack) > 1 or cli.process_count() > 1):
-        raise UserError("--save keeps one row, of one process: choose one --classifier, --sigma, --eps "
-                        "and --attack")
-    own_images, images_in_all, _ = evaluation.load_test_images(args, checkpoint)
-    batches = evaluation.test_batches(args, own_images, device)
-    table, progress = evaluation.open_table(args), cli.Progress()
-    width = max(len(defense.words) for defense in defenses)
-    print(f"{images_in_all} {args.split} images, {args.norm}, {args.steps} steps, EOT {args.eot}, "
-          f"{args.restarts} restart(s), loss {'+'.join(args.loss)}, {args.threat}-box, {DRAWS} draws, "
-          f"seed {args.seed}; accuracy in % [95% interval]\n\n{'defense':{width}} {'eps':>7}  "
-          f"{'attack':8} {'clean':>19} {'robust':>19} {'seconds':>8}   gradients/s")
-    for defense in defenses:
-        words, de3 = defense.words, defense.de3
-        draws = DRAWS if de3.is_random else 1
+    tested = weights.load_defenses(args, device)
+    batches, images_in_all = weights.load_test_images(args, tested, device)
+    table, progress = report.open_table(args.out / "attack.csv"), cli.Progress()
+    images_digest, (first_images, _) = data.digest_of(batches), next(iter(batches))
+    width = print_heading(args, tested, images_in_all)
+    for one in tested:
+        with cli.autocast(args.bf16, device):
+            random = is_random(one.model, first_images)
+        draws = DRAWS if random else 1
+        origin = run.origin_of_row(one.model, CODE)
+        attacked = one.model if args.threat == "white" else one.classifier
+
+        def percent(correct):
+            """The share of correct draws of all images, over all processes, in percent."""
+            return cli.sum_over_processes(correct.sum().item())[0] * 100 / images_in_all
         training.seed_epoch(args.seed, 0)
         with cli.autocast(args.bf16, device):
-            clean = torch.cat([accuracy(de3, images, labels, draws) for images, labels in batches])
-        clean = cli.sum_over_processes(clean.sum().item())[0] * 100 / images_in_all
-        attacked = de3 if args.threat == "white" else de3.classifier
-        for eps in args.eps:
-            ball = f"{255 * eps:g}/255" if args.norm == "linf" else f"{eps:g}"
-            for attack in args.attack:
-                settings = attack_settings(args, attack, eps, de3)
-                if attack == "pgd+eot" and "pgd" in args.attack and settings["eot"] == 1:
-                    continue  # nothing is random for the attacker: the same as pgd
+            shares = [accuracy(one.model, images, labels, draws) for images, labels in batches]
+        clean = percent(torch.cat(shares))
+        for eps in args.eps or one.checkpoint["data"]["attack_eps"]:
+            ball = f"{255 * eps:.4g}/255" if args.norm == "linf" else f"{eps:g}"
+            for name in args.attack:
+                settings, base = attack_settings(args, name, eps, random), name.removesuffix("+eot")
+                if name != base and base in args.attack and settings["eot"] == 1:
+                    continue  # nothing is random for the attacker: the same as without EOT
                 training.seed_epoch(args.seed, 0)
                 started = time.time()
                 with cli.autocast(args.bf16, device):
-                    images, adversarial, labels, correct = attack_batches(
-                        de3, attacked, batches, eps, args.norm, args.loss, draws, settings,
-                        lambda text, done=None: progress.show(f"{words}, {ball}, {attack}: {text}",
-                                                              done))
+                    correct = attack_batches(
+                        ATTACKS[base].run, one.model, attacked, batches, eps, args.norm, args.loss, draws,
+                        settings, lambda text, done: progress.show(f"{one.words}, {ball}, {name}: {text}",
+                                                                   done))
                 progress.clear()
-                robust = cli.sum_over_processes(correct.sum().item())[0] * 100 / images_in_all
-                seconds = time.time() - started
-                evaluation.append_row(table, evaluation.row_of(
-                    defense, args, settings, attack=attack, eps=f"{eps:.6g}", draws=draws,
-                    images=images_in_all, clean_accuracy=f"{clean:.2f}",
-                    robust_accuracy=f"{robust:.2f}", seconds=f"{seconds:.1f}"))
+                robust, seconds = percent(correct), time.time() - started
+                report.append_row(table, dict(
+                    defense=one.words, run=one.run, level=one.level, attack=name, norm=args.norm,
+                    eps=f"{eps:.6g}", steps=settings["steps"], step_size=f"{settings['step_size']:.6g}",
+                    restarts=settings["restarts"], eot=settings["eot"], loss="+".join(args.loss),
+                    threat=args.threat, reading="one shot", draws=draws, data=args.data, split=args.split,
+                    images=images_in_all, pixels=images_digest, seed=args.seed,
+                    precision="bf16" if args.bf16 else "fp32", clean_accuracy=f"{clean:.2f}",
+                    robust_accuracy=f"{robust:.2f}", seconds=f"{seconds:.1f}", **origin))
                 gradients = images_in_all * settings["steps"] * settings["eot"] * settings["restarts"]
                 speed = f"{gradients * len(args.loss) / seconds:.0f}"
-                print(f"{words:{width}} {ball:>7}  {attack:8} "
-                      f"{evaluation.interval(clean, images_in_all):>19} "
-                      f"{evaluation.interval(robust, images_in_all):>19} {seconds:8.1f} "
+                print(f"{one.words:{width}} {ball:>7}  {name:8} {report.interval(clean, images_in_all):>19} "
+                      f"{report.interval(robust, images_in_all):>19} {seconds:8.1f} "
                       f"{'stopped early' if settings['early_stop'] else speed:>13}", flush=True)
     print(f"\nwrote {table}")
-    if args.save:
-        evaluation.save_arrays(args.save, images=images, adversarial=adversarial, labels=labels,
-                               correct=correct)
 
 
 if __name__ == "__main__":

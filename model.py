@@ -8,12 +8,16 @@ sigma is in 8-bit units, 0..255. Shapes: B images, L patches, p patch size, D wi
 
 import math
 from collections import OrderedDict
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torchvision.models import resnet18
 from torchvision.ops import StochasticDepth
+from torchvision.transforms import Normalize
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 DECODER = dict(decoder_embed_dim=512, decoder_depth=8, decoder_num_heads=16)
@@ -34,51 +38,85 @@ class UserError(ValueError):
     """Bad input; the message says in one sentence what is wrong and what to do."""
 
 
+# --------------------------------------------------------------------------------------- the noise
+
+class NoiseLaw(NamedTuple):
+    """A distribution that sigma is drawn from; a new one is a new entry of NOISE_LAWS.
+
+    parameters: their names, as help and errors show them. is_valid(*values): whether they may be
+    used. draw(batch_size, device, *values): one sigma for each image, [B].
+    """
+    parameters: str
+    is_valid: Callable
+    draw: Callable
+
+
+def draw_gamma(batch_size, device, shape, scale):
+    """Gamma: mean shape·scale, standard deviation √shape·scale; torch asks for the rate, 1/scale."""
+    gamma = torch.distributions.Gamma(shape, 1 / scale)
+    return gamma.sample((batch_size,)).to(device)
+
+
+def draw_uniform(batch_size, device, low, high):
+    """Uniform from low to high; low = high where sigma is fixed."""
+    return torch.empty(batch_size, device=device).uniform_(low, high)
+
+
+NOISE_LAWS = {
+    "gamma": NoiseLaw("SHAPE,SCALE", lambda shape, scale: min(shape, scale) >= 1e-3, draw_gamma),
+    "uniform": NoiseLaw("LOW,HIGH", lambda low, high: 0 <= low <= high, draw_uniform),
+}
+LARGEST_PARAMETER = 1e6  # of a noise law: beyond it float32 has nothing left of the image
+SIGMA_HELP = "a number or " + " or ".join(f"{name}:{law.parameters}" for name, law in NOISE_LAWS.items())
+
+
 @dataclass(frozen=True)
 class NoiseScale:
-    """What sigma is drawn from: Gamma(shape, scale) or Uniform(low, high), low = high if fixed."""
-    kind: str  # "gamma" or "uniform"
-    first: float  # shape, or low
-    second: float  # scale, or high
+    """What sigma is drawn from: the name of a noise law, and its parameters."""
+    law: str
+    parameters: tuple
 
     @classmethod
     def parse(cls, text):
-        """Read '70', 'gamma:25,3' or 'uniform:0,30'; anything else raises UserError."""
-        kind, colon, numbers = str(text).rpartition(":")
+        """Read '70', 'gamma:25,3' or 'uniform:0,30'; anything else raises UserError.
+
+        A number is the uniform distribution from itself to itself. A NoiseScale is returned as it is.
+        """
+        if isinstance(text, NoiseScale):
+            return text
+        name, colon, numbers = str(text).rpartition(":")
         if not colon:
-            kind, numbers = "uniform", f"{numbers},{numbers}"
+            name, numbers = "uniform", f"{numbers},{numbers}"
         try:
-            first, second = [float(number) for number in numbers.split(",")]
+            parameters = tuple(float(number) for number in numbers.split(","))
         except ValueError:
-            first = second = math.nan
-        if kind == "gamma":
-            valid = min(first, second) >= 1e-3
-        elif kind == "uniform":
-            valid = 0 <= first <= second
-        else:
-            valid = False
-        if not valid or max(first, second) > 1e6:
-            raise UserError(f"sigma {text!r} must be a number, gamma:SHAPE,SCALE or "
-                            "uniform:LOW,HIGH, none of them negative, LOW not above HIGH")
-        return cls(kind, first, second)
+            parameters = ()
+        law = NOISE_LAWS.get(name)
+        valid = law is not None and len(parameters) == len(law.parameters.split(","))
+        if valid:
+            finite = all(abs(value) <= LARGEST_PARAMETER for value in parameters)
+            valid = finite and law.is_valid(*parameters)
+        if not valid:
+            raise UserError(f"sigma {text!r} must be {SIGMA_HELP}, in 8-bit units (0..255), none of "
+                            "them negative, LOW not above HIGH")
+        return cls(name, parameters)
 
     @property
     def fixed(self):
         """The one sigma that is ever drawn, as a float; None where sigma is random."""
-        return self.first if self.kind == "uniform" and self.first == self.second else None
+        if self.law == "uniform" and self.parameters[0] == self.parameters[1]:
+            return self.parameters[0]
+        return None
 
     def draw(self, batch_size, device="cpu"):
-        """One sigma per image: [B]."""
-        if self.kind == "gamma":  # torch asks for the rate, which is 1 / scale
-            gamma = torch.distributions.Gamma(self.first, 1 / self.second)
-            return gamma.sample((batch_size,)).to(device)
-        return torch.empty(batch_size, device=device).uniform_(self.first, self.second)
+        """One sigma for each image: [B]."""
+        return NOISE_LAWS[self.law].draw(batch_size, device, *self.parameters)
 
     def __str__(self):
         """What `parse` reads."""
         if self.fixed is not None:
             return f"{self.fixed:.15g}"
-        return f"{self.kind}:{self.first:.15g},{self.second:.15g}"
+        return f"{self.law}:{','.join(f'{value:.15g}' for value in self.parameters)}"
 
 
 def add_noise(images, sigma, noise=None):
@@ -95,6 +133,8 @@ def add_noise(images, sigma, noise=None):
         noise = torch.randn_like(images)
     return images + noise.to(images) * sigma / 255
 
+
+# ------------------------------------------------------------------------------------- the networks
 
 def patchify(images, p):
     """[B, 3, H, W] -> [B, L, p·p·3], patches row by row, inside a patch (row, column, channel)."""
@@ -245,7 +285,7 @@ class Autoencoder(ViT):
         return self.decode(self.decoder_embed(latent))
 
     def target(self, images):
-        """Normalized patches [B, L, p·p·3], and the mean and sd that norm_pix takes out of each."""
+        """Normalized patches [B, L, p·p·3], and the mean and std that norm_pix takes out of each."""
         patches = patchify(self.normalize(images), self.patch_size)
         if not self.norm_pix:
             return patches, 0.0, 1.0
@@ -254,7 +294,7 @@ class Autoencoder(ViT):
         return (patches - mean) / std, mean, std
 
     def to_images(self, prediction, reference):
-        """Prediction -> images, not clamped; norm_pix takes mean and sd from the reference."""
+        """Prediction -> images, not clamped; norm_pix takes mean and std from the reference."""
         _, mean, std = self.target(reference)
         return unpatchify(prediction * std + mean, self.patch_size) * self.std + self.mean
 
@@ -322,6 +362,24 @@ class Classifier(ViT):
         return self.head(self.fc_norm(patches.mean(dim=1)))
 
 
+def resnet18_classifier(num_classes, mean, std, **vit_only):
+    """torchvision's ResNet-18 with the normalization inside; what only a ViT has is left out."""
+    return nn.Sequential(Normalize(mean, std), resnet18(num_classes=num_classes))
+
+
+CLASSIFIERS = {  # --arch: from the config in a checkpoint to a model from [0, 1] images to logits
+    "vit": Classifier,
+    "resnet18": resnet18_classifier,
+}
+
+
+def make_classifier(arch="vit", **config):
+    """The classifier of --arch; config holds the arguments of Classifier, of which others take some."""
+    return CLASSIFIERS[arch](**config)
+
+
+# ------------------------------------------------------------------------------------ the defenses
+
 def check_images(images):
     """UserError unless images are a float tensor [B, C, H, W] within [0, 1] (1e-6 tolerated)."""
     if not torch.is_tensor(images) or not images.is_floating_point() or images.dim() != 4:
@@ -339,88 +397,141 @@ def clamp_straight_through(x):
     return x.clamp(0, 1).detach() + zero  # the value comes from the one, the gradient from the other
 
 
-class De3(nn.Module):
-    """De³: x -> x + ε·σ/255 -> autoencoder -> clamp to [0, 1] -> classifier -> logits.
+class Defense(nn.Module):
+    """What stands in front of a classifier: [0, 1] images -> purify -> classifier -> logits.
 
-    From [0, 1] images [B, 3, H, W] to logits [B, classes], random at every call. The models are used
-    as they are: put them into evaluation mode, and freeze them, where they are not being trained.
+    A new defense is a subclass with `purify` and `level`, and an entry of DEFENSES. The undefended
+    model is the classifier itself. The models are used as they are: put them into evaluation mode,
+    and freeze them, where they are not being trained.
 
-    autoencoder: None stands for noise and clamp without denoising (the ablation).
-    classifier: any nn.Module from [0, 1] images to logits.
-    sigma: a number or NoiseScale (one draw per image); None, without mask_ratio: undefended.
-    mask_ratio: MIM's version, masking instead of noise. The classifier gets the decoder's whole
-        output, as in the authors' code; keep_visible pastes the unmasked input patches back.
+    autoencoder: the pretrained one, or None. classifier: any nn.Module from [0, 1] images to logits.
     votes: the logits are the log of the mean probability over this many draws (1: plain logits).
-    noise: the ε to use, [3, H, W] for all images, instead of fresh ones; sigma must be fixed.
     straight_through: gradients pass the clamp as if it were the identity.
     """
+    title = "defense"  # what tables call it
+    levels = ()  # what it is tested at unless told otherwise; (): the data set's sigmas
+    needs_autoencoder = False
+    is_random = True  # whether two calls on the same images can differ: attacks then need EOT
+    level = ""  # its setting in words, as "σ = 50"
 
-    def __init__(self, autoencoder, classifier, sigma, mask_ratio=None, keep_visible=False,
-                 votes=1, noise=None, straight_through=True):
+    def __init__(self, autoencoder, classifier, votes=1, straight_through=True):
         super().__init__()
         if votes < 1:
             raise UserError(f"votes must be at least 1, not {votes}")
-        if mask_ratio is not None:
-            if autoencoder is None or sigma is not None:
-                raise UserError("mask_ratio needs an autoencoder to fill in, and sigma None: no noise")
-            if not 0 <= mask_ratio < 1:
-                raise UserError(f"mask_ratio must be in [0, 1), not {mask_ratio}")
-        if sigma is not None and not isinstance(sigma, NoiseScale):
-            sigma = NoiseScale.parse(sigma)
-        if noise is not None and (sigma is None or sigma.fixed is None):
-            raise UserError("a given noise needs a fixed sigma")
         self.autoencoder, self.classifier = autoencoder, classifier
-        self.sigma, self.noise = sigma, noise
-        self.mask_ratio, self.keep_visible = mask_ratio, keep_visible
         self.votes, self.straight_through = votes, straight_through
 
-    @property
-    def defended(self):
-        """Whether images are noised or masked before they are classified."""
-        return self.sigma is not None or self.mask_ratio is not None
-
-    @property
-    def is_random(self):
-        """Whether two calls on the same images can differ: an attack on it then needs EOT."""
-        if self.sigma is None or self.sigma.fixed == 0:
-            return self.mask_ratio is not None
-        return self.noise is None
-
-    @property
-    def level(self):
-        """Its setting in words: "off", "σ = 50" or "mask 0.5"."""
-        if self.mask_ratio is not None:
-            return f"mask {self.mask_ratio:g}"
-        return "off" if self.sigma is None else f"σ = {self.sigma}"
-
     def purify(self, images):
-        """The images that the classifier sees, in [0, 1]; the input itself when undefended."""
-        if not self.defended:
-            return images
-        if self.mask_ratio is not None:
-            purified = self.mask_and_fill_in(images)
-        else:
-            sigma = self.sigma.draw(len(images), images.device)
-            purified = add_noise(images, sigma, self.noise)
-            if self.autoencoder is not None:
-                purified = self.autoencoder.reconstruct(purified, images)
-        if self.straight_through:
-            return clamp_straight_through(purified)
-        return purified.clamp(0, 1)
+        """The images that the classifier sees, [B, 3, H, W] in [0, 1]."""
+        raise NotImplementedError
 
-    def mask_and_fill_in(self, images):
-        """MIM's version of denoising, not clamped: mask at random, let the autoencoder fill in."""
-        _, prediction, mask = self.autoencoder.mim(images, self.mask_ratio)
-        filled = self.autoencoder.to_images(prediction, images)
-        if not self.keep_visible:
-            return filled
-        mask = mask[:, :, None].expand_as(prediction)
-        mask = unpatchify(mask, self.autoencoder.patch_size)  # [B, 3, H, W], 1 = dropped
-        return mask * filled + (1 - mask) * images
+    def steps(self, images):
+        """All that is made of the images on the way to the classifier, by name, for pictures."""
+        return {"purified": self.purify(images)}
+
+    def clamp(self, images):
+        """Clamp to [0, 1], with the gradient of the identity if straight_through."""
+        if self.straight_through:
+            return clamp_straight_through(images)
+        return images.clamp(0, 1)
 
     def forward(self, images):
         check_images(images)
-        if self.votes == 1 or not self.defended:
+        if self.votes == 1:
             return self.classifier(self.purify(images))
         draws = [self.classifier(self.purify(images)).log_softmax(1) for _ in range(self.votes)]
         return torch.stack(draws).logsumexp(0) - math.log(self.votes)
+
+
+class De3(Defense):
+    """De³: x -> x + ε·σ/255 -> autoencoder -> clamp to [0, 1] -> classifier -> logits.
+
+    sigma: a number, or a NoiseScale or its text (one draw for each image at every call).
+    noise: the ε to use, [3, H, W] for all images, instead of fresh ones; sigma must be fixed.
+    """
+    title, needs_autoencoder = "De³", True
+
+    def __init__(self, autoencoder, classifier, sigma, noise=None, **settings):
+        super().__init__(autoencoder, classifier, **settings)
+        self.sigma, self.noise = NoiseScale.parse(sigma), noise
+        if noise is not None and self.sigma.fixed is None:
+            raise UserError("a given noise needs a fixed sigma")
+
+    @property
+    def is_random(self):
+        return self.sigma.fixed != 0 and self.noise is None
+
+    @property
+    def level(self):
+        return f"σ = {self.sigma}"
+
+    def add_noise(self, images):
+        """x + ε·σ/255, not clamped."""
+        sigma = self.sigma.draw(len(images), images.device)
+        return add_noise(images, sigma, self.noise)
+
+    def steps(self, images):
+        noisy = self.add_noise(images)
+        denoised = self.autoencoder.reconstruct(noisy, images)
+        return {"noisy": noisy, "denoised": self.clamp(denoised)}
+
+    def purify(self, images):
+        return self.steps(images)["denoised"]
+
+
+class NoiseOnly(De3):
+    """The ablation: noise and clamp as in De³, without denoising. It ignores the autoencoder."""
+    title, needs_autoencoder = "noise only", False
+
+    def __init__(self, autoencoder, classifier, sigma, noise=None, **settings):
+        super().__init__(None, classifier, sigma, noise, **settings)
+
+    def steps(self, images):
+        return {"noisy": self.purify(images)}
+
+    def purify(self, images):
+        return self.clamp(self.add_noise(images))
+
+
+class MaskAndFill(Defense):
+    """MIM's version of De³: mask patches at random instead of noise, let the autoencoder fill them in.
+
+    mask_ratio: a number in [0, 1), or "uniform:LOW,HIGH" (one draw at every call).
+    keep_visible: paste the unmasked patches of the input back. Otherwise the classifier gets the
+    decoder's whole output, as in the authors' code, whose loss never trained the visible ones.
+    """
+    title, needs_autoencoder, levels = "MIM", True, (0.25, 0.5, 0.75)
+
+    def __init__(self, autoencoder, classifier, mask_ratio, keep_visible=False, **settings):
+        super().__init__(autoencoder, classifier, **settings)
+        self.mask_ratio, self.keep_visible = NoiseScale.parse(mask_ratio), keep_visible
+        if self.mask_ratio.law != "uniform" or self.mask_ratio.parameters[1] >= 1:
+            raise UserError(f"mask_ratio must be in [0, 1), not {mask_ratio}")
+
+    @property
+    def level(self):
+        return f"mask {self.mask_ratio}" + (", visible kept" if self.keep_visible else "")
+
+    def draw_ratio(self):
+        """The mask ratio of this call."""
+        low, high = self.mask_ratio.parameters
+        return low if low == high else low + (high - low) * torch.rand(()).item()
+
+    def steps(self, images):
+        _, prediction, mask = self.autoencoder.mim(images, self.draw_ratio())
+        mask = mask[:, :, None].expand_as(prediction)
+        mask = unpatchify(mask, self.autoencoder.patch_size)  # [B, 3, H, W], 1 = dropped
+        filled_in = self.autoencoder.to_images(prediction, images)
+        if self.keep_visible:
+            filled_in = mask * filled_in + (1 - mask) * images
+        return {"masked": (1 - mask) * images + mask * 0.5, "filled in": self.clamp(filled_in)}
+
+    def purify(self, images):
+        return self.steps(images)["filled in"]
+
+
+DEFENSES = {  # name: class, made as Class(autoencoder, classifier, level, options of its own)
+    "de3": De3,
+    "no-denoise": NoiseOnly,
+    "mim": MaskAndFill,
+}

@@ -1,10 +1,10 @@
 """Is the attack on a defense strong enough to be believed? Checks, each with figures and a verdict.
 
     python -m studies.audit                          De³ at its largest default sigma, on the digits
-    python -m studies.audit --classifier RUN --sigma 50 --transfer RUN ...
+    python -m studies.audit UNDEFENDED RUN --sigma 50
 
 After Athalye et al. 2018 and Carlini et al. 2019. The last defense chosen is put to the checks, under
-PGD in L∞ at --eps, white-box. Accuracies are compared image by image; a difference counts beyond 3
+PGD in L∞ at --eps, white-box; images that fool the undefended ones before it are tried on it, too. Accuracies are compared image by image; a difference counts beyond 3
 paired standard errors, and each comparison says the smallest difference that it would have noticed.
 The exit code is 1 if anything is suspicious.
 """
@@ -16,19 +16,20 @@ import sys
 import torch
 
 from attack import accuracy, check_adversarial, margin, objective, pgd, strongest
-from model import De3, UserError
+from model import UserError
 from studies.square import square_search
-from support import cli, data, evaluation, runs, training, weights
+from support import cli, training, weights
 
 FEWEST_IMAGES = 90  # fewer than 9 changed images never count (3 standard errors): here 10 points
 QUERIES = 300  # of the gradient-free search
 
 
 def changed(defense, **attributes):
-    """The same defense, its weights shared, with other attributes."""
+    """The same defense, its weights shared, with other attributes where it has them."""
     twin = copy.copy(defense)
     for name, value in attributes.items():
-        setattr(twin, name, value)
+        if hasattr(twin, name):
+            setattr(twin, name, value)
     return twin
 
 
@@ -64,8 +65,10 @@ def predicted_and_actual_gain(defense, images, labels, step=1 / 255):
 
 def audit(defense, images, labels, eps, steps, eot, draws, max_batch, others=(),
           show=lambda text: None):
-    """Checks of a De3, and of the attack on it: a list of (what must hold, figures, holds).
+    """Checks of a defense, and of the attack on it: a list of (what must hold, figures, holds).
 
+    defense: any model from [0, 1] images to logits; a Defense is also attacked in gray-box, with the
+    clamp's own gradient, and through ten votes.
     images [B, 3, H, W] in [0, 1] with labels [B]; eps: radius in L∞; steps, eot: of PGD; draws: fresh
     draws that score; max_batch: images that a model sees at once; others: models whose adversarial
     images are tried on the defense; show(text) is told which check is at work.
@@ -103,7 +106,7 @@ def audit(defense, images, labels, eps, steps, eot, draws, max_batch, others=(),
     clean = score(images)
     with torch.enable_grad():  # a defense must not notice that it is being differentiated
         x = images.clone().requires_grad_()
-        watched = torch.stack([in_batches(lambda a, b: (defense(a).argmax(1) == b).double(), x, labels,
+        watched = torch.stack([in_batches(lambda a, b: (defense(a).argmax(1) == b).float(), x, labels,
                                           max_batch) for _ in range(draws)]).mean(0)
 
         def gradient_of(a, b):
@@ -112,7 +115,7 @@ def audit(defense, images, labels, eps, steps, eot, draws, max_batch, others=(),
             return torch.autograd.grad(loss, a, allow_unused=True, materialize_grads=True)[0]
         gradient = in_batches(gradient_of, images, labels, max_batch)
     compare("accuracy is the same while gradients are taken", clean, watched, both_ways=True)
-    dead = ((gradient == 0) | ~gradient.isfinite()).double().mean()
+    dead = ((gradient == 0) | ~gradient.isfinite()).float().mean()
     add("under 5% of the input gradients are zero or not finite", dead < 0.05, f"{100 * dead:.1f}%")
     gains = in_batches(lambda a, b: predicted_and_actual_gain(defense, a, b), images, labels, max_batch)
     predicted, actual = gains.mean(0).tolist()
@@ -134,10 +137,12 @@ def audit(defense, images, labels, eps, steps, eot, draws, max_batch, others=(),
     compare("twice the steps change nothing", base, score(attacked(steps=2 * steps)))
     compare("twice the EOT draws change nothing", base, score(attacked(eot=2 * eot)))
     compare("the margin loss is no stronger", base, score(attacked(loss="margin")))
-    compare("gray-box is no stronger than white-box", base,
-            score(attacked(defense.classifier, eot=1)))
-    compare("the clamp's own gradient is no stronger", base,
-            score(attacked(changed(defense, straight_through=False))))
+    if hasattr(defense, "classifier"):
+        compare("gray-box is no stronger than white-box", base,
+                score(attacked(defense.classifier, eot=1)))
+    if hasattr(defense, "straight_through"):
+        compare("the clamp's own gradient is no stronger", base,
+                score(attacked(changed(defense, straight_through=False))))
     second = attacked()
     best = torch.cat([strongest(defense, [a, b], y) for a, b, y in zip(
         first.split(max_batch), second.split(max_batch), labels.split(max_batch))])
@@ -155,6 +160,8 @@ def audit(defense, images, labels, eps, steps, eot, draws, max_batch, others=(),
     add("robust accuracy falls with eps, to under 5%", falls and larger[-1].mean() < 0.05,
         ", ".join(f"{100 * result.mean():.1f}" for result in larger))
 
+    if not hasattr(defense, "votes"):
+        return checks
     # one shot, ten tries, ten votes
     voting = changed(defense, votes=10)
     against_votes = attacked(voting, eot=1)
@@ -182,17 +189,13 @@ def score_once(model, images, labels, max_batch):
 
 def arguments():
     parser = cli.stage_parser(__doc__)
-    evaluation.evaluation_flags(parser, images=120)
+    weights.evaluation_flags(parser, images=120)
     add = parser.add_argument
-    add("--eps", type=cli.linf_eps, help="radius in L∞, default 16/255 (color 4/255)")
+    add("--eps", type=cli.linf_eps, help="radius in L∞, in [0, 1] units; default 16/255 (color 4/255)")
     add("--steps", type=cli.count, default=20, help="of PGD, default 20")
     add("--eot", type=cli.count, default=8, help="draws in each gradient, default 8")
     add("--draws", type=cli.count, default=5, help="fresh draws that score the defense, default 5")
-    add("--transfer", nargs="+", type=cli.run_path, metavar="RUN", help="classifiers whose adversarial "
-        "images are tried; default: finetune.py's undefended one")
-    args = parser.parse_args()
-    data.set_size(args)
-    args.eps = args.eps or data.defaults(args.data)["eps"]
+    args = cli.parse(parser)
     if args.images < FEWEST_IMAGES:
         raise UserError(f"{args.images} images say nothing: a difference counts from 9 images on, give "
                         f"--images {FEWEST_IMAGES} or more")
@@ -202,27 +205,21 @@ def arguments():
 def main():
     args = arguments()
     device = cli.open_device(args.device)
-    if cli.process_count() > 1:
-        raise UserError("the audit runs in one process: leave out torchrun")
-    defenses, checkpoint = evaluation.load_defenses(args, device)
-    words, run, _, de3 = defenses[-1]
-    undefended, _ = runs.default_classifier_folders(args)
-    folders = args.transfer or []
-    if not args.transfer and (undefended / "checkpoint.pt").exists():
-        folders = [undefended]
-    others = [De3(None, weights.load_model(folder, "classifier", device, args)[0], None)
-              for folder in folders]
-    own_images, _, _ = evaluation.load_test_images(args, checkpoint)
-    batches = evaluation.test_batches(args, own_images, device)
+    cli.one_process("the audit")
+    tested = weights.load_defenses(args, device)
+    audited = tested[-1]
+    others = [one for one in tested if one.defense is None and one is not audited]
+    batches, _ = weights.load_test_images(args, tested, device)
     images, labels = (torch.cat(values) for values in zip(*batches))
+    eps = audited.checkpoint["data"]["eps"] if args.eps is None else args.eps
     training.seed_epoch(args.seed, 0)
     progress = cli.Progress()
-    print(f"audit of {words} ({run}): {len(images)} {args.split} images, eps {255 * args.eps:g}/255, "
-          f"{args.steps} steps, EOT {args.eot}, seed {args.seed}; transfer from "
-          f"{', '.join(map(str, folders)) or 'nothing'}; accuracy in %\n")
+    print(f"audit of {audited.words} ({audited.run}): {len(images)} {args.split} images of {args.data}, eps "
+          f"{255 * eps:g}/255, {args.steps} steps, EOT {args.eot}, seed {args.seed}; transfer from "
+          f"{', '.join(one.run for one in others) or 'nothing'}; accuracy in %\n")
     with cli.autocast(args.bf16, device):
-        checks = audit(de3, images, labels, args.eps, args.steps, args.eot, args.draws, args.max_batch,
-                       others, progress.show)
+        checks = audit(audited.model, images, labels, eps, args.steps, args.eot, args.draws,
+                       args.max_batch, [one.model for one in others], progress.show)
     progress.clear()
     for name, figures, holds in checks:
         print(f"{'holds     ' if holds else 'SUSPICIOUS'}  {name}: {figures}")

@@ -1,23 +1,25 @@
 """Randomized smoothing (Cohen et al. 2019) of De³: a radius in L2 that no attack whatever can cross.
 
     python -m studies.certify --sigma 50 200            the default De³, on all test images
-    python -m studies.certify --classifier RUN --sigma 64 --images 200
+    python -m studies.certify RUN --sigma 64 --images 200
 
 Inside the radius the class that De³ gives most often over its noise stays the same, with 99.9%
 confidence: (σ/255)·Φ⁻¹(p), p a lower bound of that class's probability. The class is guessed from
---n0 draws, its probability bounded from --n others. Writes certify_sigma<σ>.csv, a row per image, into
-the classifier's folder.
+--n0 draws, its probability bounded from --n others. Writes certify_<run>_sigma<σ>.csv, a row per image,
+into the folder in which the first run lies.
 """
 
 import math
+from pathlib import Path
 from statistics import NormalDist
 
 import torch
 
-from model import UserError
-from support import cli, data, evaluation, files, runs, training
+from model import De3, UserError
+from support import cli, data, report, run, training, weights
 
 ALPHA = 0.001  # probability that the bound is wrong
+CODE = ("model.py", "support/training.py", "studies/certify.py")  # what decides the numbers
 CORNERS = (8, 16)  # of L∞ balls of these eps (x 255), shown beside the radii
 
 
@@ -42,58 +44,59 @@ def lower_bound(hits, draws, alpha=ALPHA):
     return low
 
 
-def check_certifiable(de3):
+def check_certifiable(defense):
     """UserError where the theorem does not apply."""
-    if de3.mask_ratio is not None or de3.sigma is None or not de3.sigma.fixed or not de3.is_random:
-        raise UserError("a certificate needs Gaussian noise: one --sigma above 0, no masking")
-    if de3.autoencoder is not None and de3.autoencoder.norm_pix:
+    fixed = isinstance(defense, De3) and defense.sigma.fixed
+    if not fixed or not defense.is_random:
+        raise UserError("a certificate needs Gaussian noise: De³ or noise only at one --sigma above 0")
+    if defense.autoencoder is not None and defense.autoencoder.norm_pix:
         raise UserError("no certificate with norm_pix: it carries patch statistics of the image around "
                         "the noise")
-    if de3.votes != 1:
+    if defense.votes != 1:
         raise UserError("a certificate is for the majority of single draws: leave votes at 1")
 
 
-def count_classes(de3, image, draws, max_batch):
+def count_classes(defense, image, draws, max_batch):
     """How often each class is given to one image [3, H, W]: [classes]."""
     counts = 0
     for first in range(0, draws, max_batch):
         copies = image.expand(min(max_batch, draws - first), -1, -1, -1)
         with torch.no_grad():
-            logits = de3(copies)
+            logits = defense(copies)
         counts = counts + logits.argmax(1).bincount(minlength=logits.shape[1])
     return counts
 
 
-def certify(de3, image, n0, n, max_batch):
+def certify(defense, image, n0, n, max_batch):
     """For one image [3, H, W]: (class, or None to abstain; hits; L2 radius in [0, 1] units).
 
     It holds, with 99.9% confidence, for the class that De³ gives most often over its noise, not for
     one draw. Raises UserError where the theorem does not apply.
     """
-    check_certifiable(de3)
-    label = count_classes(de3, image, n0, max_batch).argmax().item()  # guessed from draws of its own
-    hits = count_classes(de3, image, n, max_batch)[label].item()
+    check_certifiable(defense)
+    label = count_classes(defense, image, n0, max_batch).argmax().item()  # guessed from draws of its own
+    hits = count_classes(defense, image, n, max_batch)[label].item()
     p = lower_bound(hits, n)
     if p <= 0.5:
         return None, hits, 0.0
-    return label, hits, de3.sigma.fixed / 255 * NormalDist().inv_cdf(p)
+    return label, hits, defense.sigma.fixed / 255 * NormalDist().inv_cdf(p)
 
 
-def certify_images(de3, single_images, n0, n, max_batch, show):
+def certify_images(defense, single_images, n0, n, max_batch, show):
     """A list of dicts, one for each batch of one image: number, label, predicted, hits, radius."""
     rows = []
     for number, (images, label) in enumerate(single_images):
-        predicted, hits, radius = certify(de3, images[0], n0, n, max_batch)
+        predicted, hits, radius = certify(defense, images[0], n0, n, max_batch)
         rows.append(dict(image=number, label=int(label), predicted=predicted, hits=hits, draws=n,
                          l2_radius=radius))
-        show(f"σ = {de3.sigma}: image {number + 1} of {len(single_images)}",
+        show(f"σ = {defense.sigma}: image {number + 1} of {len(single_images)}",
              (number + 1) / len(single_images))
     return rows
 
 
-def print_table(rows, de3, n, image_shape):
+def print_table(rows, defense, n, image_shape):
     """Certified accuracy over radii: the share of images that are right and reach the radius."""
-    most = de3.sigma.fixed / 255 * NormalDist().inv_cdf(lower_bound(n, n))
+    most = defense.sigma.fixed / 255 * NormalDist().inv_cdf(lower_bound(n, n))
     radii = {most * step / 8: "" for step in range(9)}
     radii.update({0.25: "", 0.5: ""})  # where the literature compares
     for k in CORNERS:
@@ -105,52 +108,54 @@ def print_table(rows, de3, n, image_shape):
     print(f"\nThe radius is an L2 length over all pixels; {n} draws certify at most {most:.2f} (--n)\n")
 
 
-def save_table(path, rows):
-    """One row for each image; ABSTAIN where no class can be certified."""
+def save_table(path, rows, origin):
+    """One row for each image; ABSTAIN where no class can be certified. origin: of every row."""
     in_text = []
     for row in rows:
         predicted = "ABSTAIN" if row["predicted"] is None else row["predicted"]
-        in_text.append({**row, "predicted": predicted, "l2_radius": f"{row['l2_radius']:.6f}"})
-    files.write_table(path, list(rows[0]), in_text)
+        in_text.append({**row, "predicted": predicted, "l2_radius": f"{row['l2_radius']:.6f}", **origin})
+    report.write_table(path, list(in_text[0]), in_text)
     print(f"wrote {path}\n")
 
 
 def arguments():
     parser = cli.stage_parser(__doc__)
-    evaluation.evaluation_flags(parser, images=1000)
+    weights.evaluation_flags(parser, images=1000)
     parser.add_argument("--n0", type=cli.count, default=100,
                         help="draws that guess the class, default 100")
     parser.add_argument("--n", type=cli.number(int, 10), default=1000,  # fewer bound nothing above 1/2
                         help="draws that bound its probability, at least 10, default 1000")
-    args = parser.parse_args()
-    data.set_size(args)
+    args = cli.parse(parser)
+    if "runs" not in args.given:
+        args.runs = [Path("runs/digits/de3")]
     return args
 
 
 def main():
     args = arguments()
     device = cli.open_device(args.device)
-    if cli.process_count() > 1:
-        raise UserError("a certificate is made in one process: leave out torchrun")
-    defenses, checkpoint = evaluation.load_defenses(args, device)
-    if not args.sigma:  # of the defaults those that can be certified
-        random = [defense for defense in defenses if defense.de3.is_random]
-        defenses = random or defenses
-    for defense in defenses:
-        check_certifiable(defense.de3)
-    own_images, _, _ = evaluation.load_test_images(args, checkpoint)
-    progress = cli.Progress()
-    for words, run, _, de3 in defenses:
+    cli.one_process("the certificate")
+    tested = weights.load_defenses(args, device)
+    if "sigma" not in args.given:  # of the defaults those that can be certified
+        tested = [one for one in tested if getattr(one.defense, "is_random", False)] or tested
+    for one in tested:
+        check_certifiable(one.defense)
+    batches, images_in_all = weights.load_test_images(args, tested, device)
+    pixels, progress = data.digest_of(batches), cli.Progress()
+    for one in tested:
         training.seed_epoch(args.seed, 0)
-        single_images = data.Loader(own_images, 1, device=device)
+        single_images = data.Loader(batches.images, 1, device=device)
         with cli.autocast(args.bf16, device):
-            rows = certify_images(de3, single_images, args.n0, args.n, args.max_batch, progress.show)
+            rows = certify_images(one.defense, single_images, args.n0, args.n, args.max_batch,
+                                  progress.show)
         progress.clear()
-        print(f"{words}: {len(own_images)} {args.split} images, class from {args.n0} draws, bound from "
+        print(f"{one.words}: {images_in_all} {args.split} images, class from {args.n0} draws, bound from "
               f"{args.n}, 99.9% confidence, seed {args.seed}\n")
-        print_table(rows, de3, args.n, own_images[0][0].shape)
-        folder = evaluation.results_folder(runs.data_folder(args.runs, args.data), run)
-        save_table(folder / f"certify_sigma{de3.sigma}.csv", rows)
+        print_table(rows, one.defense, args.n, batches.images[0][0].shape)
+        origin = dict(data=args.data, split=args.split, pixels=pixels, seed=args.seed,
+                      **run.origin_of_row(one.defense, CODE))
+        name = f"certify_{Path(one.run).name}_sigma{one.defense.sigma}.csv"
+        save_table(args.out / name, rows, origin)
 
 
 if __name__ == "__main__":

@@ -1,53 +1,82 @@
 """tradeoff.png: clean and robust accuracy over sigma, from the comparison's table or attack.py's.
 
-    python -m studies.plot                                        RUNS/digits/compare.csv
+    python -m studies.plot                                        runs/digits/compare.csv
     python -m studies.plot --table runs/digits/attack.csv --out tradeoff.png
     python -m studies.plot --table runs/cifar10/compare.csv --against-clean
 
 Two panels, a curve for each defense with the spread over its seeds; what has no sigma is a level line,
-masking is left out. Robust is L∞ PGD with EOT, one shot. --against-clean draws robust over clean
-accuracy, sigma along each curve: at the left one shot, at the right the worst of the three readings of
-the comparison. Needs matplotlib (pip install matplotlib).
+masking is left out. Robust is one attack: that of the table's last row, or the one that --attack, --eps
+and --threat choose; rows of another attack, other images or other code are left out, and counted.
+--against-clean draws robust over clean accuracy, sigma along each curve: at the left one shot, at the
+right the worst of the three readings of the comparison. Needs matplotlib (pip install matplotlib).
 """
 
 import argparse
-import csv
-import re
 from pathlib import Path
 from statistics import mean, stdev
 
 from model import UserError
-from support import cli, files
+from support import cli, report, run
 
 SHOWN = ("undefended", "adversarial training 16/255", "adversarial training 4/255", "noise only", "De³",
          "De³, the paper's Γ(25, 3), U(0, 30)", "De³, fine-tuned on U(0, 60)",
-         "De³, fine-tuned on U(50, 150)")  # at most six of them in one table
+         "De³, fine-tuned on U(50, 150)", "noise only, U(50, 150)")  # at most six of them in one table
 READINGS = ("one_shot", "ten_tries", "noise_known")
+ONE_ATTACK = ("norm", "eps", "l2_radius", "steps", "step_size", "restarts", "loss", "threat", "data", "split",
+              "images", "pixels", "precision", "code", "attack_seed")  # what rows must share
 STYLES = [("#000000", "-", "o"), ("#0072b2", "--", "s"), ("#d55e00", "-", "^"), ("#009e73", "-.", "D"),
           ("#cc79a7", ":", "v"), ("#56b4e9", "--", "*")]  # Okabe and Ito's colors
 
 
-def points_of_comparison(rows, readings=("one_shot",)):
-    """{name: {level: [(clean, robust), one for each seed]}} from compare.csv.
+def points_of(rows, readings):
+    """{name: {level: [(clean, robust), one for each seed]}}.
 
-    Robust accuracy is the lowest of these readings.
+    Robust accuracy is the lowest of these readings, or the robust_accuracy of attack.csv.
     """
     points = {}
     for row in rows:
-        values = float(row["clean"]), min(float(row[name]) for name in readings if row[name])
-        points.setdefault(row["defense"], {}).setdefault(row["level"], []).append(values)
+        if "one_shot" in row:
+            robust = min(float(row[name]) for name in readings if row[name])
+            values = float(row["clean"]), robust
+            name = row["defense"]
+        else:
+            values = float(row["clean_accuracy"]), float(row["robust_accuracy"])
+            name = row["defense"].replace(f" {row['level']}", "")
+        points.setdefault(name, {}).setdefault(row["level"], []).append(values)
     return points
 
 
-def points_of_attack(rows):
-    """The same from attack.csv: the latest row of each, with EOT where there is a row with it."""
-    points = {}
-    for row in sorted(rows, key=lambda row: row["attack"] == "pgd+eot"):  # last, so that it stays
-        level = "off" if row["sigma"] == "" else f"σ = {float(row['sigma']):g}"
-        name = re.sub(r" σ = [\d.]+", "", row["defense"])
-        values = float(row["clean_accuracy"]), float(row["robust_accuracy"])
-        points.setdefault(name, {})[level] = [values]
-    return points
+def choose_rows(rows, args):
+    """(the rows of one attack, its words); what is left out is printed, with the reason."""
+    def keep(kept, reason):
+        if len(kept) < len(chosen):
+            print(f"left out: {len(chosen) - len(kept)} rows {reason}")
+        return kept
+    chosen = rows
+    chosen = keep([row for row in chosen if not row["level"].startswith("mask")], "of masking, without sigma")
+    for name, wanted in (("attack", args.attack), ("eps", args.eps and f"{args.eps:.6g}"),
+                         ("threat", args.threat)):
+        if wanted:
+            chosen = keep([row for row in chosen if row.get(name) == wanted], f"of another {name}")
+    if not chosen:
+        raise UserError("the table holds no row of that attack")
+    last = chosen[-1]
+    for name in ONE_ATTACK:
+        chosen = keep([row for row in chosen if row.get(name, "") == last.get(name, "")],
+                      f"whose {name} is not {last.get(name, '')}")
+    if "attack" in last:  # attack.csv: with EOT where it changes something, the latest of each
+        base = last["attack"].removesuffix("+eot")
+        chosen = keep([row for row in chosen if row["attack"].removesuffix("+eot") == base],
+                      f"of another attack than {base}")
+        latest = {}
+        for row in sorted(chosen, key=lambda row: row["attack"].endswith("+eot")):
+            latest[row["defense"], row.get("seed", "")] = row
+        chosen = keep(list(latest.values()), "measured again, or without EOT beside one with it")
+        seeds = {row.get("seed", "") for row in chosen}
+        if len(seeds) > 1:  # of the attack, not of the training
+            chosen = keep([row for row in chosen if row.get("seed", "") == last.get("seed", "")],
+                          f"of another seed of the attack than {last['seed']}")
+    return chosen
 
 
 def sigma_of(level):
@@ -68,7 +97,7 @@ def new_figure(height):
 def save(figure, path, title):
     """Write the figure as a PNG with this title."""
     figure.suptitle(title, fontsize=12)
-    files.write_whole(Path(path), lambda file: figure.savefig(file, dpi=110, bbox_inches="tight"))
+    run.write_whole(Path(path), lambda file: figure.savefig(file, dpi=110, bbox_inches="tight"))
     print(f"wrote {path}")
 
 
@@ -141,55 +170,57 @@ def shown(points):
     return dict(list(chosen.items())[:len(STYLES)])
 
 
+def title_of(rows, args):
+    """What one attack the picture shows, in words."""
+    last, seeds = rows[-1], len({row["seed"] for row in rows if "one_shot" in row})
+    eot = max(int(row.get("eot") or 1) for row in rows)
+    title = f"{last['images']} {last['split']} images, "
+    if last.get("threat") == "gray":
+        title += "gray-box "
+    title += f"{last.get('attack', 'pgd').removesuffix('+eot').upper()}-{last['steps']}, EOT {eot}, "
+    radius = float(last["eps"])
+    title += f"L2 {radius:g}, " if last["norm"] == "l2" else f"{255 * radius:.3g}/255, "
+    if seeds <= 1:
+        return title + "one seed"
+    return title + (f"mean of {seeds} seeds" if args.against_clean else f"mean ± deviation of {seeds} seeds")
+
+
 def plot(args):
     """Read the table, choose what belongs to one attack, and draw it."""
     if not args.table.exists():
         raise UserError(f"there is no {args.table}: python -m studies.compare, or attack.py, writes it")
-    with open(args.table, newline="", encoding="utf-8") as file:
-        rows = list(csv.DictReader(file))
-    if not rows or not {"eps", "images", "steps"} <= rows[0].keys():
+    rows = report.read_table(args.table)
+    if not rows or not {"eps", "images", "steps", "level", "defense"} <= rows[0].keys():
         raise UserError(f"{args.table} is no table of compare.py or attack.py")
-    rows = [row for row in rows if row.get("attack") != "fgsm" and not row.get("mask_ratio")]
-    rows = [row for row in rows if not row.get("level", "").startswith("mask")]
-    if not rows:
-        raise UserError(f"{args.table} holds no row of PGD on a defense without masking")
-    same = ("eps", "images", "split", "norm", "steps")  # as the last row: one attack, one picture
-    rows = [row for row in rows if all(row.get(name) == rows[-1].get(name) for name in same)]
-    last, seeds = rows[-1], len({row.get("seed") for row in rows})
-    eot = max(int(row.get("eot", 1)) for row in rows)
-    title = (f"{last['images']} {last['split']} images, PGD-{last['steps']} with EOT {eot} at "
-             f"{255 * float(last['eps']):.3g}/255, ")
-    if seeds == 1:
-        title += "one seed"
-    elif args.against_clean:
-        title += f"mean of {seeds} seeds"
-    else:
-        title += f"mean ± deviation of {seeds} seeds"
+    rows = choose_rows(rows, args)
+    title = title_of(rows, args)
     path, from_comparison = args.out or args.table.with_name("tradeoff.png"), "one_shot" in rows[0]
     if args.against_clean and not from_comparison:
         raise UserError("--against-clean needs the three readings: give it a compare.csv")
     if args.against_clean:
-        panels = [("one_shot",), READINGS]
-        draw_against_clean(path, [shown(points_of_comparison(rows, names)) for names in panels], title)
-    elif from_comparison:
-        draw(path, shown(points_of_comparison(rows)), title)
+        panels = [shown(points_of(rows, readings)) for readings in (("one_shot",), READINGS)]
+        draw_against_clean(path, panels, title)
     else:
-        draw(path, shown(points_of_attack(rows)), title)
+        draw(path, shown(points_of(rows, ("one_shot",))), title)
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--table", type=Path, default=Path("runs/digits/compare.csv"),
-                        help="compare.csv or attack.csv; default runs/digits/compare.csv")
-    parser.add_argument("--against-clean", action="store_true", help="robust over clean accuracy")
-    parser.add_argument("--out", type=Path, help="default: tradeoff.png beside the table")
+    add = parser.add_argument
+    add("--table", type=Path, default=Path("runs/digits/compare.csv"),
+        help="compare.csv or attack.csv; default runs/digits/compare.csv")
+    add("--against-clean", action="store_true", help="robust over clean accuracy")
+    add("--attack", help="of attack.csv: pgd or fgsm; default: as the last row")
+    add("--eps", type=cli.eps, help="radius in [0, 1] units; default: as the last row")
+    add("--threat", choices=["white", "gray"], help="default: as the last row")
+    add("--out", type=Path, help="default: tradeoff.png beside the table")
     args = parser.parse_args()
     try:
         plot(args)
     except UserError:
         raise
-    except (ValueError, KeyError, TypeError, csv.Error) as error:  # no UTF-8, no number, no column
+    except (ValueError, KeyError, TypeError) as error:  # no number, no column
         raise UserError(f"{args.table} is damaged ({error}): repair it, or measure again") from None
 
 

@@ -1,10 +1,9 @@
-"""Half-precision copies of trained weights, which come along with the repository under assets/<data>/.
+"""Half-precision copies of runs, to be bundled with the repository under assets/<data>/.
 
-    python -m studies.ship --classifier RUN RUN ... --out assets/cifar10
+    python -m studies.ship runs/cifar10-jpeg/clean runs/cifar10-jpeg/de3 --out assets/cifar10
 
-Each classifier is copied with the autoencoder in whose folder it lies, without the optimizer's state.
-Rounding the autoencoder changes its fingerprint: the copies of the classifiers trained behind it carry
-the new one. Whether half precision keeps the accuracy: attack.py on the runs and on the copies.
+A copy lacks the optimizer's state, so it cannot be trained further; a De³'s autoencoder goes with it.
+Whether half precision keeps the accuracy: attack.py on the runs and on the copies.
 """
 
 import argparse
@@ -13,51 +12,47 @@ from pathlib import Path
 
 import torch
 
-from support import checkpoints, cli, files
+from support import cli, data, run
 
 
-def without_folders(words):
-    """A command with the last name of each folder only: where it was run is nobody's business."""
-    return shlex.join(Path(word).name if word.startswith("/") else word for word in shlex.split(words))
+def without_folders(command):
+    """A command with the last name of each absolute path only: where it was run is nobody's business."""
+    words = shlex.split(command)
+    return shlex.join(Path(word).name if word.startswith("/") else word for word in words)
 
 
-def halve(checkpoint):
-    """A finished run's checkpoint with weights in float16 and without what only --resume needs."""
+def halve(checkpoint, dataset):
+    """A finished run's checkpoint with weights in float16 and without what only --resume needs.
+
+    dataset: what it says of its data, a name instead of a folder.
+    """
     halved = {name: value for name, value in checkpoint.items() if name != "optimizer"}
     halved["model"] = {name: value.half() if value.is_floating_point() else value
                        for name, value in checkpoint["model"].items()}
-    halved["settings"] = {**checkpoint["settings"], "data": Path(checkpoint["settings"]["data"]).name}
-    halved["command"] = without_folders(checkpoint["command"])
+    halved["data"] = {**checkpoint["data"], "name": dataset}
+    halved["settings"] = {**checkpoint["settings"], "data": dataset}
+    halved["made_by"] = [{**made, "command": without_folders(made["command"])}
+                         for made in checkpoint["made_by"]]
+    if checkpoint.get("autoencoder"):
+        halved["autoencoder"] = halve(checkpoint["autoencoder"], dataset)
     return halved
-
-
-def write(path, checkpoint):
-    """Save a checkpoint and say how large it is."""
-    files.write_whole(path, lambda file: torch.save(checkpoint, file))
-    print(f"wrote {path}, {path.stat().st_size / 1e6:.1f} MB")
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--classifier", nargs="+", type=cli.run_path, metavar="RUN", required=True)
+    parser.add_argument("runs", nargs="+", type=cli.run_path, metavar="RUN")
     parser.add_argument("--out", type=Path, required=True, help="a folder, assets/cifar10")
     args = parser.parse_args()
-    fingerprints = {}  # of each autoencoder: as it was trained, and as the copy is
-    for folder in args.classifier:
-        source = folder.parent
-        if source not in fingerprints:
-            autoencoder, checkpoint = checkpoints.load_finished(source, "autoencoder")
-            path = args.out / source.name / "checkpoint.pt"
-            write(path, halve(checkpoint))
-            copy, _ = checkpoints.load_finished(path.parent, "autoencoder")
-            fingerprints[source] = checkpoints.fingerprint(autoencoder), checkpoints.fingerprint(copy)
-        trained, copied = fingerprints[source]
-        _, checkpoint = checkpoints.load_finished(folder, "classifier")
-        halved = halve(checkpoint)
-        if halved["settings"].get("autoencoder") == trained:
-            halved["settings"]["autoencoder"] = copied
-        write(args.out / source.name / folder.name / "checkpoint.pt", halved)
+    for folder in args.runs:
+        checkpoint = run.read(folder)
+        run.load(folder, checkpoint["kind"])  # finished, and it fits
+        dataset = checkpoint["data"]["name"]
+        if dataset not in data.DATASETS:
+            dataset = args.out.name  # where the folder of images lay is nobody's business
+        path = args.out / folder.name / "checkpoint.pt"
+        run.write_whole(path, lambda file: torch.save(halve(checkpoint, dataset), file))
+        print(f"wrote {path}, {path.stat().st_size / 1e6:.1f} MB")
 
 
 if __name__ == "__main__":

@@ -113,12 +113,29 @@ def gradient_difference(plain, autoencoder, classifier, images, labels):
 
 # ---------------------------------------------------------------------- what is timed, and how
 
+def compile_models(device, *models):
+    """torch.compile, in place: an autoencoder's denoise and mim, any other model's forward.
+
+    None among the models is skipped. Raises UserError where nothing can be compiled.
+    """
+    try:
+        torch.compile(torch.neg)(torch.ones(2, device=device))
+    except Exception as error:  # no compiler, no Triton ...
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(f"--compile cannot work here ({reason}): leave it out") from None
+    for model in models:
+        if isinstance(model, Autoencoder):
+            model.denoise, model.mim = torch.compile(model.denoise), torch.compile(model.mim)
+        elif model is not None:
+            model.compile()
+
+
 def workloads(autoencoder, classifier, plain, images, labels, max_batch):
     """Yields (name, items of each image, ours, plain or None); what was trained is then frozen."""
     de3, finetuned = [De3(autoencoder, classifier, sigma) for sigma in (SIGMA, "uniform:0,30")]
 
     def pretrain():
-        sigma = NoiseScale("gamma", 25, 3).draw(len(images), images.device)
+        sigma = NoiseScale.parse("gamma:25,3").draw(len(images), images.device)
         autoencoder(images, add_noise(images, sigma)).backward()
         training.update(optimizer, lr=1e-6)
 
@@ -173,7 +190,7 @@ def arguments():
     add("--seconds", type=cli.number(float), default=10, help="of each line at least, default 10")
     add("--seed", type=cli.number(int), default=0, help="default 0")
     add("--device", choices=["auto", "cpu", "cuda"], default="auto", help="default auto")
-    add("--bf16", action=argparse.BooleanOptionalAction, help="default: where the stages train in it")
+    add("--bf16", action=argparse.BooleanOptionalAction, help="default: on a GPU")
     add("--compile", action="store_true", help="torch.compile our models, not the plain one")
     return parser.parse_args()
 
@@ -181,11 +198,10 @@ def arguments():
 def main():
     args = arguments()
     device = cli.open_device(args.device)
-    if cli.process_count() > 1:
-        raise UserError("speed is measured in one process: leave out torchrun")
+    cli.one_process("the measurement of speed")
     if args.batch > args.max_batch:
         raise UserError(f"--batch {args.batch} is more than --max-batch {args.max_batch}: lower it")
-    bf16 = cli.training_precision(args.bf16, device, args.size)
+    bf16 = device.type == "cuda" if args.bf16 is None else args.bf16
     precisions = {"fp32": torch.float32, "bf16": torch.bfloat16} if bf16 else {"fp32": torch.float32}
 
     torch.manual_seed(args.seed)
@@ -203,7 +219,7 @@ def main():
           f"torch {torch.__version__}\ngradients of plain and ours differ by {difference:.0e} of the "
           f"largest value, {TOLERANCE:g} is allowed", flush=True)
     if args.compile:
-        cli.compile_models(device, autoencoder, classifier)
+        compile_models(device, autoencoder, classifier)
 
     side, matrix_rates = MATRIX_SIDE[device.type], {}
     for precision, dtype in precisions.items():

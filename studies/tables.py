@@ -1,106 +1,98 @@
-"""The defenses that the comparison puts side by side, for each data set, and their run folders."""
+"""The defenses that the comparison puts side by side: for each its run's folder, and what makes it."""
 
-import shlex
+from pathlib import Path
 from typing import NamedTuple
 
-from model import NoiseScale, UserError
-from support import cli, data, runs
+from model import UserError
 
 
 class Entry(NamedTuple):
-    """A defense of the comparison: its name, its runs by their flags, and where it is tested."""
+    """A defense of the comparison; a new one is a line here.
+
+    run: the folder of its classifier, and flags: what finetune.py makes it with; autoencoder: the
+    folder of the pretraining run that it starts from. defenses: what it is tested behind, as in
+    attack.py's --defense. in_front: a pretraining run put in front of a classifier that has none.
+    """
     name: str
-    pretrain: dict
-    finetune: dict
-    sigmas: tuple = (None,)
-    mask_ratios: tuple = (None,)
+    run: str
+    flags: str
+    autoencoder: str = "nim"
+    defenses: tuple = ("off",)
+    in_front: str = ""
 
 
 class Table(NamedTuple):
     """The defenses of a data set, and what they are tested on unless the command line says otherwise.
 
-    images: how many. l2: the smaller radius of the attack in L2, 0 for none.
+    pretraining: the flags of pretrain.py for each folder. images: how many. l2: the smaller radius of
+    the attack in L2, 0 for none.
     """
+    pretraining: dict
     entries: list
     images: int
     l2: float
 
 
-DIGITS = {"sigma": "gamma:10,12"}
-COLOR = {"sigma": "gamma:10,8"}
-MIM = {"task": "mim"}
+PRETRAINING = {"nim": "", "mim": "--task mim", "nim120": "--sigma 120", "nim_paper": "--sigma gamma:25,3"}
+DE3 = ("de3:0", "de3:100", "de3:200")
+MASKED = ("mim:0.5", "mim:0.75")
+COLOR = ("de3:0", "de3:50", "de3:100")
 TABLES = {
-    "digits": Table([
-        Entry("undefended", DIGITS, {"mode": "clean"}),
-        Entry("adversarial training 16/255", DIGITS, {"mode": "clean", "adversarial": "16/255"}),
-        Entry("noise only", DIGITS, {"mode": "no-denoise", "sigma": "uniform:100,400"}, (100, 200)),
-        Entry("De³", DIGITS, {"mode": "de3", "sigma": "uniform:100,400"}, (0, 100, 200)),
-        Entry("De³, pretrained on σ = 120", {"sigma": "120"},
-              {"mode": "de3", "sigma": "uniform:100,400"}, (0, 100, 200)),
-        Entry("De³, the paper's Γ(25, 3), U(0, 30)", {"sigma": "gamma:25,3"},
-              {"mode": "de3", "sigma": "uniform:0,30"}, (0, 100, 200)),
-        Entry("MIM, whole output", MIM, {"mode": "de3"}, mask_ratios=(0.5, 0.75)),
-        Entry("MIM, visible kept", MIM, {"mode": "de3", "keep-visible": True}, mask_ratios=(0.5, 0.75)),
+    "digits": Table(PRETRAINING, [
+        Entry("undefended", "clean", "--mode clean"),
+        Entry("adversarial training 16/255", "adversarial", "--adversarial 16/255"),
+        Entry("noise only", "no-denoise", "--mode no-denoise",
+              defenses=("no-denoise:100", "no-denoise:200")),
+        Entry("De³", "de3", "", defenses=DE3),
+        Entry("De³, pretrained on σ = 120", "de3_120", "", "nim120", DE3),
+        Entry("De³, the paper's Γ(25, 3), U(0, 30)", "de3_paper", "--sigma uniform:0,30", "nim_paper", DE3),
+        Entry("MIM, whole output", "de3_mim", "", "mim", MASKED),
+        Entry("MIM, visible kept", "de3_mim_visible", "--keep-visible", "mim", MASKED),
     ], images=100, l2=1.0),
-    "cifar10": Table([
-        Entry("undefended", COLOR, {"mode": "clean"}),
-        Entry("De³, fine-tuned on U(0, 60)", COLOR, {"mode": "de3", "sigma": "uniform:0,60"},
-              (0, 50, 100)),
-        Entry("adversarial training 4/255", COLOR, {"mode": "clean", "adversarial": "4/255"}),
-        Entry("MIM, whole output", MIM, {"mode": "de3"}, mask_ratios=(0.5, 0.75)),
-        Entry("De³, fine-tuned on U(50, 150)", COLOR, {"mode": "de3", "sigma": "uniform:50,150"},
-              (0, 50, 100)),
-        Entry("noise only", COLOR, {"mode": "no-denoise", "sigma": "uniform:50,150"},
-              (0, 50, 100)),
+    "color": Table(PRETRAINING, [
+        Entry("undefended", "clean", "--mode clean"),
+        Entry("De³, fine-tuned on U(0, 60)", "de3", "", defenses=COLOR),
+        Entry("adversarial training 4/255", "adversarial", "--adversarial 4/255"),
+        Entry("MIM, whole output", "de3_mim", "", "mim", MASKED),
+        Entry("De³, fine-tuned on U(50, 150)", "de3_50-150", "--sigma uniform:50,150", defenses=COLOR),
+        Entry("noise only, U(0, 60)", "no-denoise", "--mode no-denoise",
+              defenses=("no-denoise:0", "no-denoise:50", "no-denoise:100")),
+        Entry("noise only, U(50, 150)", "no-denoise_50-150", "--mode no-denoise --sigma uniform:50,150",
+              defenses=("no-denoise:0", "no-denoise:50", "no-denoise:100")),
+        Entry("De³ off the shelf", "clean", "--mode clean", defenses=("de3:0", "de3:25", "de3:50"),
+              in_front="nim"),
+        Entry("noise off the shelf", "clean", "--mode clean",
+              defenses=("no-denoise:25", "no-denoise:50")),
     ], images=300, l2=0.0),
 }
 
 
-def table_of(name):
-    """The table for --data `name`; a folder of small images has that of cifar10."""
-    if name in TABLES:
-        return TABLES[name]
-    if data.defaults(name) == data.defaults("cifar10"):
-        return TABLES["cifar10"]
-    raise UserError(f"there is no table of {name}: add one to TABLES in studies/tables.py")
+def folder_of(at, seed):
+    """Where the runs of one seed lie: seed 0 in the folder itself, another in seed<number>/ in it."""
+    return Path(at) / f"seed{seed}" if seed else Path(at)
 
 
-def flag_words(flags):
-    """A dict of flags as words of a command line; True stands for a flag without a value."""
-    words = []
-    for name, value in flags.items():
-        words += [f"--{name}"] if value is True else [f"--{name}", str(value)]
-    return words
+def missing_commands(table, chosen, at, seeds, dataset):
+    """The commands that make the runs which are not there, each once, in the order to run them."""
+    commands = {}
+    for seed in seeds:
+        here = folder_of(at, seed)
+        common = ("" if dataset == "digits" else f" --data {dataset}") + (f" --seed {seed}" if seed else "")
+        for entry in chosen:
+            pretrained, trained = here / entry.autoencoder, here / entry.run
+            if not (pretrained / "checkpoint.pt").exists():
+                flags = table.pretraining[entry.autoencoder]
+                commands[f"python pretrain.py {flags}{common} --out {pretrained}"] = None
+            if not (trained / "checkpoint.pt").exists():
+                commands[f"python finetune.py --autoencoder {pretrained} {entry.flags} "
+                         f"--out {trained}"] = None
+    return [" ".join(command.split()) for command in commands]
 
 
-def folders(entry, args, seed):
-    """The run folders of an entry's autoencoder and classifier for one seed."""
-    args = type(args)(**{**vars(args), "seed": seed})
-    task, made_with = entry.pretrain.get("task", "nim"), entry.finetune
-    level = 0.75 if task == "mim" else NoiseScale.parse(entry.pretrain["sigma"])
-    autoencoder = runs.autoencoder_folder(args, task, level)
-    classifier = runs.classifier_folder(
-        autoencoder, seed, made_with["mode"],
-        NoiseScale.parse(made_with["sigma"]) if "sigma" in made_with else None,
-        keep_visible="keep-visible" in made_with,
-        adversarial=cli.eps(made_with["adversarial"]) if "adversarial" in made_with else None,
-        arch=made_with.get("arch", "vit"))
-    return autoencoder, classifier
-
-
-def missing_commands(entries, args, seeds):
-    """The commands that make the models which are not there, each once, in the order to run them."""
-    commands = []
-    for entry in entries:
-        for seed in seeds:
-            autoencoder, classifier = folders(entry, args, seed)
-            common = {name: value for name, value, default in [
-                ("data", args.data, "digits"), ("size", args.size, data.defaults(args.data)["size"]),
-                ("runs", args.runs, "runs"), ("seed", seed, 0)]
-                if value != default}
-            if not (autoencoder / "checkpoint.pt").exists():
-                commands.append(["python", "pretrain.py", *flag_words({**entry.pretrain, **common})])
-            if not (classifier / "checkpoint.pt").exists():
-                flags = {"autoencoder": autoencoder, **entry.finetune, **common}
-                commands.append(["python", "finetune.py", *flag_words(flags)])
-    return list(dict.fromkeys(shlex.join(map(str, words)) for words in commands))
+def choose(table, names):
+    """The entries of a table, all or those named; UserError for a name that is none."""
+    unknown = set(names or ()) - {entry.name for entry in table.entries}
+    if unknown:
+        raise UserError(f"the table has no {', '.join(sorted(unknown))}; it has: "
+                        + "; ".join(entry.name for entry in table.entries))
+    return [entry for entry in table.entries if not names or entry.name in names]

@@ -1,9 +1,8 @@
-"""Command line and processes: what an argument may be, the flags of every stage, device, torchrun."""
+"""Command line, device and processes: what an argument may be, the flags, how a script ends."""
 
 import argparse
 import contextlib
-import ctypes
-import functools
+import io
 import math
 import os
 import shlex
@@ -11,16 +10,14 @@ import shutil
 import signal
 import sys
 import time
+import warnings
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
-from model import SIZES, Autoencoder, NoiseScale, UserError
+from model import SIZES, NoiseScale, UserError
 
-# What changes where or how fast a run works, but not the weights that it ends with.
-NOT_SETTINGS = ("device", "runs", "data", "workers", "resume", "overwrite", "max_batch", "compile",
-                "dry_run")
 MAX_BATCH = {"large": 128, "huge": 64}  # the default of --max-batch; 256 for the other sizes
 
 
@@ -63,9 +60,18 @@ def linf_eps(text):
     return value
 
 
+def noise_scale(text):
+    """An argparse type: a NoiseScale; says so where a number seems to be meant as a share of the range."""
+    scale = argument_type(NoiseScale.parse)(text)
+    if scale.fixed is not None and 0 < scale.fixed < 1:
+        print(f"note: sigma is in 8-bit units (0..255), and {text} is {text}/255, next to nothing; where a "
+              f"share of the pixel range was meant, write {255 * scale.fixed:g}")
+    return scale
+
+
 def sigma_level(text):
     """An argparse type: a sigma to test at, in 8-bit units, or 'off', which is returned as None."""
-    return None if text == "off" else number(float)(text)
+    return None if text == "off" else noise_scale(text)
 
 
 def run_path(text):
@@ -76,7 +82,6 @@ def run_path(text):
 
 count = number(int, 1)  # of images, epochs, steps, draws ...
 ratio = number(float, 0, 0.99)
-noise_scale = argument_type(NoiseScale.parse)
 
 
 # ---------------------------------------------------------------------------------- the arguments
@@ -86,33 +91,25 @@ def stage_parser(docstring):
     parser = argparse.ArgumentParser(description=docstring,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--data", default="digits", help="digits (default), cifar10, or FOLDER with train/ and val/")
-    add("--size", choices=SIZES, help="default: tiny (digits), small (images of up to 64 "
-        "pixels), base")
-    add("--seed", type=number(int), default=0, help="default 0; also names the runs looked for")
     add("--device", default="auto", help="auto (default: cuda if there is one), cpu, cuda, ...")
-    add("--runs", default="runs", help="everything is written to RUNS/<data>/ (default runs)")
     add("--workers", type=number(int), default=2, help="image loading processes, default 2")
     add("--max-batch", type=count, help="images that a device sees at once: memory; training "
         "accumulates gradients, EOT draws run together up to this; default 256 (large 128, huge 64)")
     add("--bf16", action=argparse.BooleanOptionalAction, default=None,
-        help="bfloat16 autocast; default: in training where it is faster (not tiny models on a CPU)")
-    add("--compile", action="store_true", help="torch.compile the models; the first steps take longer")
+        help="bfloat16 autocast; default: in training on a GPU, nowhere else; a CPU gains by it only "
+        "if it has bfloat16 instructions")
     return parser
 
 
-def refuse_unused(args, parser, names, why):
-    """UserError for those of these arguments that were given, where nothing uses them."""
-    for name in names:
-        if getattr(args, name) != parser.get_default(name):
-            raise UserError(f"--{name.replace('_', '-')} changes nothing {why}: leave it out")
-
-
-def training_flags(parser, recipes):
-    """The flags of both training stages; `recipes` gives, for each size, what is not given."""
+def training_parser(docstring, recipes):
+    """A parser with the flags of both training stages; `recipes` gives, by size, what is not given."""
     def defaults(name):
         return "default " + ", ".join(f"{recipe[name]:g} ({size})" for size, recipe in recipes.items())
+    parser = stage_parser(docstring)
     add = parser.add_argument
+    add("--out", type=run_path, metavar="RUN", help="the run's folder; all that is written goes there")
+    add("--size", choices=SIZES, help="default: tiny (digits), small (images of up to 64 pixels), base")
+    add("--seed", type=number(int), help="default 0")
     add("--epochs", type=count, help=defaults("epochs"))
     add("--batch-size", type=count, help="images of one optimizer step; " + defaults("batch_size"))
     add("--base-lr", type=number(float, 1e-12, 1e30),
@@ -120,14 +117,34 @@ def training_flags(parser, recipes):
     add("--warmup-epochs", type=number(float),
         help="default: a share of the epochs; " + defaults("warmup_share"))
     add("--init", metavar="FILE", help="start from published weights: MAE's, NIM-AdvDef's, timm's "
-        "ViT (average pooling), or a checkpoint.pt")
+        "ViT (average pooling), or a run's checkpoint.pt")
     add("--dry-run", action="store_true", help="print what the flags come to, and stop")
-    add("--resume", action="store_true", help="go on where an interrupted run last saved")
-    add("--overwrite", action="store_true", help="train anew over an earlier run of this name")
+    add("--resume", action="store_true", help="go on where the run in --out last saved; every setting "
+        "comes from its checkpoint")
+    add("--overwrite", action="store_true", help="train anew over the run in --out")
+    return parser
 
 
-def apply_recipe(args, recipe):
-    """Give args what the recipe says, except where the command line said otherwise.
+def parse(parser):
+    """The parsed command line; `given` holds the names of the flags that stand on it."""
+    unset = object()
+    everything = vars(parser.parse_args())
+    probe = argparse.Namespace(**dict.fromkeys(everything, unset))
+    with contextlib.redirect_stdout(io.StringIO()):  # what there is to say was said
+        probed = vars(parser.parse_args(namespace=probe))
+    given = {name for name, value in probed.items() if value is not unset}
+    return argparse.Namespace(**everything, given=given)
+
+
+def refuse_unused(args, names, why):
+    """UserError for those of these flags that were given, where nothing uses them."""
+    for name in names:
+        if name in args.given:
+            raise UserError(f"--{name.replace('_', '-')} changes nothing {why}: leave it out")
+
+
+def apply_recipe(args, recipe, device):
+    """Fill in what the command line leaves open: the recipe, warm-up, --max-batch, seed, precision.
 
     What has no flag is set as well, so that an edited recipe shows in a run's settings.
     """
@@ -139,24 +156,17 @@ def apply_recipe(args, recipe):
     if args.warmup_epochs >= args.epochs:
         raise UserError(f"{args.epochs} epochs are not more than {args.warmup_epochs:g} of warm-up: "
                         "give fewer --warmup-epochs, or leave them out")
-
-
-def training_settings(args, ignored=(), **more):
-    """What decides the weights, as text; a run with other settings is another run.
-
-    That is every argument but NOT_SETTINGS and those ignored, and what `more` says: of the data
-    (data.identity), and in how many micro-batches noise is drawn.
-    """
-    settings = {name: value for name, value in vars(args).items()
-                if name not in NOT_SETTINGS and name not in ignored}
-    return {name: str(value) for name, value in {**settings, **more}.items()}
+    args.max_batch = args.max_batch or MAX_BATCH.get(args.size, 256)
+    args.seed = args.seed or 0
+    if args.bf16 is None:
+        args.bf16 = device.type == "cuda"
 
 
 # ------------------------------------------------------------------------ devices and processes
 
 def open_device(name):
     """The device of --device; under torchrun, joins the other processes first. Only rank 0 prints."""
-    under_torchrun = "LOCAL_RANK" in os.environ
+    under_torchrun = {"LOCAL_RANK", "RANK", "WORLD_SIZE", "MASTER_ADDR"} <= os.environ.keys()
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if under_torchrun and name == "cuda":
@@ -171,8 +181,6 @@ def open_device(name):
     if device.type == "cuda":
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")  # TF32 where fp32 stays
-    else:
-        keep_freed_memory()
     if under_torchrun and not dist.is_initialized():
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
     if rank() > 0:
@@ -180,39 +188,20 @@ def open_device(name):
     return device
 
 
-def keep_freed_memory():
-    """Let the C library keep freed memory for the next tensors; outside of Linux nothing happens.
-
-    Otherwise glibc returns a step's large tensors to the system, which zeroes their pages anew in
-    the next step.
-    """
-    if sys.platform != "linux":
-        return
-    c_library = ctypes.CDLL(None)
-    if hasattr(c_library, "mallopt"):
-        M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, gibibyte = -1, -3, 2**30  # of malloc.h
-        c_library.mallopt(M_MMAP_THRESHOLD, gibibyte)
-        c_library.mallopt(M_TRIM_THRESHOLD, gibibyte)
-
-
 def rank():
     """The number of this process, 0 where there is only one."""
     return dist.get_rank() if dist.is_initialized() else 0
 
 
-def process_count():
+def world_size():
     """How many processes work together."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
-@contextlib.contextmanager
-def rank_0_first():
-    """What stands inside is done by the process of rank 0, then by the others: a download, say."""
-    if dist.is_initialized() and rank() > 0:
-        dist.barrier()
-    yield
-    if dist.is_initialized() and rank() == 0:
-        dist.barrier()
+def one_process(what):
+    """UserError under torchrun, where `what` cannot use it."""
+    if world_size() > 1:
+        raise UserError(f"{what} runs in one process: leave out torchrun")
 
 
 def sum_over_processes(*values):
@@ -223,62 +212,12 @@ def sum_over_processes(*values):
     return sums.tolist()
 
 
-def compile_models(device, *models):
-    """torch.compile, in place: an autoencoder's denoise and mim, any other model's forward.
-
-    None among the models is skipped. Raises UserError where nothing can be compiled.
-    """
-    try:
-        torch.compile(torch.neg)(torch.ones(2, device=device))
-    except Exception as error:  # no compiler, no Triton ...
-        reason = str(error).strip().splitlines()[0]
-        raise UserError(f"--compile cannot work here ({reason}): leave it out") from None
-    for model in models:
-        if isinstance(model, Autoencoder):
-            model.denoise, model.mim = torch.compile(model.denoise), torch.compile(model.mim)
-        elif model is not None:
-            model.compile()
-
-
-@functools.cache
-def bf16_is_faster():
-    """Whether this CPU multiplies matrices faster in bfloat16 than in float32; timed on small ones."""
-    seconds = []
-    for dtype in (torch.float32, torch.bfloat16):
-        matrix = torch.ones(512, 512, dtype=dtype)
-        matrix @ matrix  # the first call prepares
-        started = time.perf_counter()
-        for _ in range(5):
-            matrix @ matrix
-        seconds.append(time.perf_counter() - started)
-    return seconds[1] < 0.8 * seconds[0]
-
-
-def training_precision(bf16, device, size):
-    """Whether to train in bfloat16: as --bf16 says (None: not given), else where it is faster.
-
-    The tiny models of the digits stay in float32 on a CPU, so that figures repeat on every machine.
-    """
-    if bf16 is None:
-        return device.type == "cuda" or (size != "tiny" and bf16_is_faster())
-    return bf16
-
-
-@functools.cache
-def note_slow_bf16():
-    """Say, once in a run, that bfloat16 is slower than float32 on this processor, where it is."""
-    if not bf16_is_faster():
-        print("--bf16: bfloat16 is slower than float32 on this processor")
-
-
 def autocast(bf16, device):
-    """bfloat16 autocast, if bf16 is true; says so where that is slower."""
-    if bf16 and device.type == "cpu":
-        note_slow_bf16()
+    """bfloat16 autocast, if bf16 is true."""
     return torch.autocast(device.type, torch.bfloat16, enabled=bool(bf16))
 
 
-# -------------------------------------------------------------------------- what the user sees
+# ----------------------------------------------------------------- what the user sees, and the end
 
 def minutes(seconds):
     """Seconds as minutes:seconds."""
@@ -313,25 +252,9 @@ class Progress:
         self.shown_at, self.width, self.started = 0.0, 0, time.time()
 
 
-def command_again(*more):
-    """The command that was given, with these flags and without --overwrite, quoted for a shell."""
-    words = [word for word in sys.argv if word not in ("--overwrite", *more)]
-    return shlex.join(["python", *words, *more])
-
-
-class Interruption:
-    """Ctrl-C. Raised inside a destructor the exception is lost, so loops ask once more (`check`)."""
-    requested = False
-
-    @classmethod
-    def request(cls, signal_number, frame):
-        cls.requested = True
-        raise KeyboardInterrupt
-
-    @classmethod
-    def check(cls):
-        if cls.requested:
-            raise KeyboardInterrupt
+def command_line():
+    """The command that was given, quoted for a shell."""
+    return shlex.join(["python", *sys.argv])
 
 
 def run_script(main, resumable=False):
@@ -339,10 +262,10 @@ def run_script(main, resumable=False):
 
     resumable: training, which goes on with --resume.
     """
-    if hasattr(sys.stdout, "reconfigure"):
-        sys.stdout.reconfigure(errors="replace")  # a terminal without σ shows a question mark
-    Interruption.requested = False
-    before = signal.signal(signal.SIGINT, Interruption.request)
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")  # a terminal without σ shows a question mark
+    warnings.showwarning = lambda message, *where, **more: print(f"warning: {message}", file=sys.stderr)
     try:
         main()
     except UserError as error:  # from a loading process it comes with that process's traceback
@@ -359,11 +282,10 @@ def run_script(main, resumable=False):
         print(f"error: {reason}; what was saved before is kept", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        advice = f"go on with: {command_again('--resume')}" if resumable else "what was written is kept"
+        advice = "go on with the same command and --resume" if resumable else "what was written is kept"
         print(f"interrupted; {advice}", file=sys.stderr)
         sys.exit(130)
     finally:
-        signal.signal(signal.SIGINT, before)
         if dist.is_initialized():
             dist.destroy_process_group()
 
@@ -376,3 +298,9 @@ def resource_error(error):
     if "DataLoader worker" in str(error):  # PyTorch notices it at any time, in a signal handler
         return "a process that loads images was killed, perhaps out of memory: give fewer --workers"
     return None
+
+
+def ignore_ctrl_c(worker_number):
+    """In a loading process: Ctrl-C is for the main one, and a run that ends first is no error."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    sys.excepthook = lambda *error: None

@@ -1,4 +1,4 @@
-"""Data sets: the digits that come with the repository, CIFAR-10, or a folder of one's own.
+"""Data sets: the digits in this repository, CIFAR-10, or a folder of your own; one entry each.
 
 Every item is (image [3, S, S] in [0, 1], label). A data set has `classes`, the names of its labels.
 
@@ -11,82 +11,77 @@ Every item is (image [3, S, S] in [0, 1], label). A data set has `classes`, the 
              each class are the validation images.
     FOLDER   FOLDER/train/<class>/*.jpg, the same in FOLDER/val/ and FOLDER/test/ (torchvision's
              ImageFolder); without test/, the validation images serve as test images as well.
+             Transparent images are laid on white, photographs turned as the camera was held.
 
 Images that are trained at up to 64 pixels are decoded once and kept in memory as bytes.
 """
 
-import contextlib
 import functools
 import hashlib
-import signal
-import sys
+import math
+import os
+from collections.abc import Callable
 from pathlib import Path
+from statistics import median
+from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageOps
+from PIL import Image
 from torch.utils.data import BatchSampler, DataLoader, Dataset, Sampler, Subset, TensorDataset
 from torchvision import datasets, transforms
 from torchvision.transforms import InterpolationMode
 
 from model import IMAGENET_MEAN, IMAGENET_STD, UserError
-from support import cli
+from support import cli, training
 
 DIGITS_FILE = Path(__file__).parents[1] / "assets" / "digits.npz"
-PAPER = dict(pretrain_sigma="gamma:25,3", finetune_sigma="uniform:0,30", test_sigmas=(0, 35, 70, 140),
-             eps=4 / 255, attack_eps=(4 / 255, 8 / 255))
-COLOR = dict(size="small", pretrain_sigma="gamma:10,8", finetune_sigma="uniform:0,60",
-             test_sigmas=(0, 50, 100), eps=4 / 255, attack_eps=(4 / 255, 8 / 255),
-             mean=(0.4914, 0.4822, 0.4465), std=(0.2470, 0.2435, 0.2616))
-DEFAULTS = {  # of each data set: size of the models; sigmas; eps to compare at, and those of attack.py;
-    # mean and sd of its pixels
-    "digits": dict(size="tiny", pretrain_sigma="gamma:10,12", finetune_sigma="uniform:100,400",
-                   test_sigmas=(0, 50), eps=16 / 255, attack_eps=(8 / 255, 16 / 255),
-                   mean=(0.306,) * 3, std=(0.324,) * 3),
-    "cifar10": COLOR,
-    "FOLDER of small images": COLOR,
-    "FOLDER": dict(size="base", **PAPER, mean=IMAGENET_MEAN, std=IMAGENET_STD),
-}
-BUILT_IN = ("digits", "cifar10")  # any other --data is a folder
 SMALL = 64  # pixels: up to here images are kept in memory, and a folder of such images is small
 MEMORY = 2 * 10**9  # bytes, at most, of a data set in memory
-VALIDATION_IMAGES = 500  # of each class of cifar10
+VALIDATION_IMAGES = 500  # of each class of CIFAR-10
+HELDOUT_IMAGES = 1000  # validation images, at most, on which the training stages show their result
 FORMATS = ("JPEG", "PNG", "BMP", "PPM", "TIFF", "WEBP")  # Pillow hands some others to other programs
 SPLITS = ("train", "val", "test")
+TURNS = {  # EXIF's orientation tag: how the stored image has to be turned
+    2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90}
 
 
-def defaults(name):
-    """The row of DEFAULTS for --data `name`; of a folder the first training image tells its row."""
-    if name in BUILT_IN:
-        return DEFAULTS[name]
-    return DEFAULTS["FOLDER of small images" if has_small_images(name) else "FOLDER"]
+# ------------------------------------------------------------------------------- reading images
 
+def read_image(path):
+    """A PIL RGB image: transparency laid on white, turned as the camera was held.
 
-def set_size(args):
-    """Fill in --size and --max-batch, where they were not given, by the data set and the size."""
-    args.size = args.size or defaults(args.data)["size"]
-    args.max_batch = args.max_batch or cli.MAX_BATCH.get(args.size, 256)
-
-
-def identity(name):
-    """What a run's settings say of its data: cifar10, or "folder" and a digest of its training files.
-
-    The digest is of their names inside the folder and of their sizes, so a folder may be moved.
+    Raises UserError, which names the file and the formats that are accepted.
     """
-    if name in BUILT_IN:
-        return name
-    digest = hashlib.sha256()
-    for path in sorted(Path(name).glob("train/*/*")):
-        digest.update(f"{path.relative_to(name).as_posix()} {path.stat().st_size}\n".encode())
-    return f"folder {digest.hexdigest()[:12]}"
+    try:
+        with open(path, "rb") as file:
+            image = Image.open(file, formats=FORMATS)
+            if image.mode.startswith(("I", "F")):  # Pillow would clip them to white
+                raise ValueError("it has more than 8 bits per channel")
+            image.load()
+            turn = orientation(image)
+            if turn in TURNS:
+                image = image.transpose(TURNS[turn])
+            has_alpha = image.mode in ("RGBA", "LA", "PA", "RGBa", "La")
+            if has_alpha or "transparency" in image.info:
+                white = Image.new("RGBA", image.size, "white")
+                image = Image.alpha_composite(white, image.convert("RGBA"))
+            return image.convert("RGB")
+    except Exception as error:  # Pillow's decoders raise many kinds
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise UserError(f"cannot read image {path} ({reason}): replace or remove it; {', '.join(FORMATS)} "
+                        "files of 8 bits per channel are accepted") from None
 
 
-@functools.cache
-def has_small_images(folder):
-    """Whether the first training image of a folder has no side above 64 pixels."""
-    first = next((path for path in sorted(Path(folder).glob("train/*/*")) if path.is_file()), None)
-    return first is not None and max(read_image(first).size) <= SMALL
+def orientation(image):
+    """EXIF's orientation tag; 1, as it is stored, where there is none or EXIF is damaged."""
+    try:
+        return image.getexif().get(0x0112, 1)
+    except Exception:  # damaged in many ways
+        return 1
 
 
 def eval_transform(image_size):
@@ -96,18 +91,7 @@ def eval_transform(image_size):
                                transforms.CenterCrop(image_size), transforms.ToTensor()])
 
 
-def read_image(path):
-    """A PIL RGB image, or a UserError that names the file."""
-    try:
-        with open(path, "rb") as file:
-            image = Image.open(file, formats=FORMATS)
-            if image.mode.startswith(("I", "F")):  # Pillow would clip them to white
-                raise ValueError("more than 8 bits per channel")
-            return ImageOps.exif_transpose(image).convert("RGB")  # as the camera was held
-    except Exception as error:  # Pillow's decoders raise many kinds
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise UserError(f"cannot read image {path}: {reason}; replace or remove it") from None
-
+# ----------------------------------------------------------------- how each data set is opened
 
 def load_digits(split, image_size):
     """The digits of one split as a TensorDataset of [N, 3, S, S] floats and [N] labels."""
@@ -121,26 +105,48 @@ def load_digits(split, image_size):
     return dataset
 
 
-def open_images(name, split):
-    """cifar10 or a folder, as a data set of PIL images; UserError where there is none."""
-    if name == "cifar10":
-        try:
-            with cli.rank_0_first():
-                whole = datasets.CIFAR10("data", split != "test", download=True)
-        except (OSError, RuntimeError) as error:  # no network, or a damaged download
-            raise UserError(f"could not get CIFAR-10 into data/ ({str(error).splitlines()[0]}); "
-                            "place cifar-10-python.tar.gz there or use --data FOLDER") from None
-        if split == "test":
-            return whole
-        return of_each_class(whole, split)
+def open_cifar(make, split, image_size):
+    """A CIFAR of torchvision's (`make`, its class) as a data set of PIL images."""
+    try:
+        if cli.rank() == 0:
+            make("data", split != "test", download=True)
+        cli.sum_over_processes(0)  # the others wait for it
+        whole = make("data", split != "test")
+    except (OSError, RuntimeError) as error:  # no network, or a damaged download
+        raise UserError(f"could not get {make.__name__} into data/ ({str(error).splitlines()[0]}): place "
+                        "its archive there or use --data FOLDER") from None
+    return whole if split == "test" else of_each_class(whole, split)
+
+
+class Images(datasets.ImageFolder):
+    """torchvision's ImageFolder without hidden files and folders; folders that are numbers count."""
+
+    def __init__(self, folder):
+        super().__init__(folder, loader=read_image, is_valid_file=self.is_image)
+
+    def is_image(self, path):
+        hidden = any(part.startswith(".") for part in Path(path).relative_to(self.root).parts)
+        return path.lower().endswith(datasets.folder.IMG_EXTENSIONS) and not hidden
+
+    def find_classes(self, directory):
+        names = [entry.name for entry in os.scandir(directory)
+                 if entry.is_dir() and not entry.name.startswith((".", "__MACOSX"))]
+        names.sort(key=int if all(name.isdecimal() for name in names) else str)
+        if not names:
+            raise FileNotFoundError("there is no class folder in it")
+        return names, {name: number for number, name in enumerate(names)}
+
+
+def open_folder(name, split):
+    """One split of a folder as a data set of PIL images; UserError where there is none."""
     folder = Path(name) / split
     if split == "test" and not folder.is_dir():
         folder = Path(name) / "val"
     if not folder.is_dir():
-        raise UserError(f"no folder {folder}: --data takes digits, cifar10, or a folder with "
-                        "train/<class>/ and val/<class>/ in it")
+        raise UserError(f"no folder {folder}: --data takes {', '.join(DATASETS)}, or a folder with "
+                        "train/<class>/ and val/<class>/ in it; if it has moved, say where with --data")
     try:
-        return datasets.ImageFolder(folder, loader=read_image)
+        return Images(folder)
     except FileNotFoundError as error:  # no class folder, or one without images
         raise UserError(f"{folder}: {str(error).splitlines()[0]}") from None
 
@@ -157,6 +163,68 @@ def of_each_class(dataset, split):
     result = Subset(dataset, chosen)
     result.classes = dataset.classes
     return result
+
+
+# ------------------------------------------------------------------------------ the data sets
+
+class DataSet(NamedTuple):
+    """What is particular to a data set; a new one is a new entry of DATASETS.
+
+    open(split, image_size): a TensorDataset, or a data set of (PIL image, label), with `classes`.
+    size: of the models, a key of model.SIZES and of the stages' RECIPES. mean, std: of its pixels.
+    The sigmas of both trainings, as text, and those to test at. eps: radius to compare at;
+    attack_eps: those of attack.py. The augmentations take a batch [B, 3, S, S] in memory, None: none.
+    """
+    open: Callable
+    size: str
+    mean: tuple
+    std: tuple
+    pretrain_sigma: str
+    finetune_sigma: str
+    test_sigmas: tuple
+    eps: float
+    attack_eps: tuple
+    pretrain_augment: Callable = training.crop_and_flip
+    finetune_augment: Callable = training.crop_and_flip
+
+
+PAPER = dict(size="base", pretrain_sigma="gamma:25,3", finetune_sigma="uniform:0,30",
+             test_sigmas=(0, 35, 70, 140), eps=4 / 255, attack_eps=(4 / 255, 8 / 255),
+             mean=IMAGENET_MEAN, std=IMAGENET_STD)
+COLOR = dict(size="small", pretrain_sigma="gamma:10,8", finetune_sigma="uniform:0,60",
+             test_sigmas=(0, 50, 100), eps=4 / 255, attack_eps=(4 / 255, 8 / 255),
+             mean=(0.4914, 0.4822, 0.4465), std=(0.2470, 0.2435, 0.2616))
+DATASETS = {  # any other --data is a folder
+    "digits": DataSet(load_digits, size="tiny", mean=(0.306,) * 3, std=(0.324,) * 3,
+                      pretrain_sigma="gamma:10,12", finetune_sigma="uniform:100,400",
+                      test_sigmas=(0, 50), eps=16 / 255, attack_eps=(8 / 255, 16 / 255),
+                      pretrain_augment=None, finetune_augment=training.shift),
+    "cifar10": DataSet(functools.partial(open_cifar, datasets.CIFAR10), **COLOR),
+}
+
+
+def dataset_name(text):
+    """The argparse type of --data: a data set's name, or a folder, of which the whole path is kept."""
+    return text if text in DATASETS else str(Path(text).resolve())
+
+
+@functools.cache
+def about(dataset):
+    """The DataSet of a name; a folder is one of photographs (ImageNet's recipe) or of small images.
+
+    The median of 25 of its training images, evenly spread, decides, and what was decided is said.
+    """
+    if dataset in DATASETS:
+        return DATASETS[dataset]
+    images = open_folder(dataset, "train")
+    chosen = [images.samples[i * len(images) // 25][0] for i in range(25)] if len(images) > 25 else [
+        path for path, _ in images.samples]
+    sides = [read_image(path).size for path in chosen]
+    width, height = (round(median(side[axis] for side in sides)) for axis in (0, 1))
+    row = COLOR if max(width, height) <= SMALL else PAPER
+    print(f"{dataset}: {len(images):,} training images of {width}x{height} (the median of "
+          f"{len(sides)}), {len(images.classes)} classes: size {row['size']} unless --size says otherwise")
+    return DataSet(lambda split, image_size: open_folder(dataset, split), **row)
 
 
 def decode(dataset, image_size):
@@ -182,6 +250,7 @@ class Transformed(Dataset):
 
     def __init__(self, dataset, transform):
         self.dataset, self.transform, self.classes = dataset, transform, dataset.classes
+        self.places = list(range(len(self.classes)))  # of the labels, see in_order_of
 
     def __len__(self):
         return len(self.dataset)
@@ -189,28 +258,89 @@ class Transformed(Dataset):
     def __getitem__(self, key):
         if not isinstance(key, tuple):
             image, label = self.dataset[key]
-            return self.transform(image), label
+            return self.transform(image), self.places[label]
         seed, epoch, index = key
         image, label = self.dataset[index]
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed((seed * 1_000_003 + epoch) * 1_000_000_007 + index)
-            return self.transform(image), label
+            return self.transform(image), self.places[label]
 
 
-def load_dataset(name, split, image_size, transform=None):
-    """The data set `name` (digits, cifar10 or a folder); split train, val or test.
+def load_dataset(dataset, split, image_size, transform=None):
+    """The images of a data set (a key of DATASETS or a folder); split train, val or test.
 
     transform: from PIL image to [3, S, S], for images that are not kept in memory; default
     eval_transform. Raises UserError for a missing or empty folder and for a download that fails.
     """
     if split not in SPLITS:
         raise UserError(f"split must be one of {', '.join(SPLITS)}, not {split!r}")
-    if name == "digits":
-        return load_digits(split, image_size)
-    dataset = open_images(name, split)
-    if image_size <= SMALL and len(dataset) * 3 * image_size**2 <= MEMORY:
-        return decode(dataset, image_size)
-    return Transformed(dataset, transform or eval_transform(image_size))
+    if dataset in DATASETS:
+        images = DATASETS[dataset].open(split, image_size)
+    else:
+        images = open_folder(dataset, split)
+    if in_memory(images):
+        return images
+    if image_size <= SMALL and len(images) * 3 * image_size**2 <= MEMORY:
+        return decode(images, image_size)
+    return Transformed(images, transform or eval_transform(image_size))
+
+
+def load_heldout(dataset, image_size, workers, classes=None):
+    """At most 1,000 validation images for the result of a training, of several processes each its own.
+
+    All are opened now, so that none stops a run at its end. UserError unless they have these classes.
+    """
+    images = load_dataset(dataset, "val", image_size)
+    if classes is not None and images.classes != classes:
+        differ = sorted(set(classes) ^ set(images.classes))
+        raise UserError(f"{dataset}: train/ and val/ do not hold the same classes ({', '.join(differ[:5])} "
+                        "in only one of them)")
+    own = evenly_spread(images, HELDOUT_IMAGES, cli.rank(), cli.world_size())
+    if not in_memory(own):
+        for _ in Loader(own, 50, workers):
+            pass
+    return own
+
+
+def in_order_of(classes, images, dataset):
+    """The same images with labels in the order of these classes, a classifier's; UserError if others."""
+    if sorted(images.classes) != sorted(classes):
+        missing, more = set(classes) - set(images.classes), set(images.classes) - set(classes)
+        raise UserError(f"the classes of {dataset} are not those the classifier was trained on (missing: "
+                        f"{', '.join(sorted(missing)[:5]) or 'none'}; unknown to it: "
+                        f"{', '.join(sorted(more)[:5]) or 'none'})")
+    places = [classes.index(name) for name in images.classes]
+    if in_memory(images):
+        pixels, labels = images.tensors
+        images.tensors = (pixels, torch.tensor(places)[labels])
+    else:
+        images.places = places
+    images.classes = list(classes)
+    return images
+
+
+def digest(*tensors):
+    """Twelve hex digits of the contents of tensors, to tell whether images are the same."""
+    sha = hashlib.sha256()
+    for tensor in tensors:
+        sha.update(tensor.contiguous().cpu().numpy().tobytes())
+    return sha.hexdigest()[:12]
+
+
+def digest_of(batches):
+    """`digest` of all the images and labels of a loader."""
+    return digest(*[tensor for batch in batches for tensor in batch])
+
+
+def facts(dataset, images):
+    """What a checkpoint says of its data: plain values, for the later stages and for --resume.
+
+    pixels: a digest of the training images, where they are in memory.
+    """
+    row = about(dataset)
+    return dict(name=dataset, images=len(images), pixels=digest(*images.tensors) if in_memory(images)
+                else "", test_sigmas=list(row.test_sigmas), eps=row.eps, attack_eps=list(row.attack_eps),
+                finetune_sigma=row.finetune_sigma)
 
 
 def in_memory(dataset):
@@ -218,107 +348,96 @@ def in_memory(dataset):
     return isinstance(dataset, TensorDataset)
 
 
-class TrainingOrder(Sampler):
-    """Lists of indices for one epoch of training (set `epoch` before each).
-
-    Every process draws the same permutation, which follows from seed and epoch, and cuts it into
-    batches (the last partial one is dropped). A batch is divided evenly into `micro_batches` of
-    `processes` pieces; each process takes its own piece of each micro-batch.
-    """
-
-    def __init__(self, images, batch_size, micro_batches, seed, rank=0, processes=1):
-        self.images, self.batch_size, self.seed = images, batch_size, seed
-        self.micro_batches, self.rank, self.processes = micro_batches, rank, processes
-        self.steps = images // batch_size
-        self.epoch = 0
-
-    def __len__(self):
-        return self.steps * self.micro_batches
-
-    def __iter__(self):
-        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
-        order = torch.randperm(self.images, generator=generator)
-        for batch in order.split(self.batch_size)[:self.steps]:
-            pieces = batch.view(self.micro_batches, self.processes, -1)
-            for indices in pieces[:, self.rank]:
-                yield indices.tolist()
-
-
-class SeededOrder(Sampler):
-    """The same lists, of (seed, epoch, index), for images that are augmented as they are loaded."""
-
-    def __init__(self, order):
-        self.order = order
-
-    def __len__(self):
-        return len(self.order)
-
-    def __iter__(self):
-        for indices in self.order:
-            yield [(self.order.seed, self.order.epoch, index) for index in indices]
-
-
 class Loader:
     """Batches (images [B, 3, S, S] in [0, 1], labels [B]) of a data set, on the device.
 
-    batches: a TrainingOrder, or a batch size, to go once through all of it. workers: processes that
-    load images which are not in memory; those of a training live until it ends.
+    batch_size: to go once through all of it; or a Sampler of lists of its keys. workers: processes
+    that load images which are not in memory; those of a training live until it ends.
     """
 
-    def __init__(self, dataset, batches, workers=0, device="cpu"):
-        self.device = torch.device(device)
-        training = isinstance(batches, TrainingOrder)
-        if not training:
-            batches = BatchSampler(range(len(dataset)), batches, drop_last=False)
+    def __init__(self, dataset, batch_size, workers=0, device="cpu"):
+        self.device, self.images = torch.device(device), dataset
+        keys = batch_size
+        if isinstance(batch_size, int):
+            keys = BatchSampler(range(len(dataset)), batch_size, drop_last=False)
         if in_memory(dataset):  # a batch is one indexing operation
-            self.batches = DataLoader(dataset, sampler=batches, batch_size=None)
+            self.batches = DataLoader(dataset, sampler=keys, batch_size=None)
         else:
             self.batches = DataLoader(
-                dataset, batch_sampler=SeededOrder(batches) if training else batches,
-                num_workers=workers, persistent_workers=training and workers > 0,
-                pin_memory=self.device.type != "cpu", worker_init_fn=start_worker,
+                dataset, batch_sampler=keys, num_workers=workers,
+                persistent_workers=isinstance(keys, TrainingOrder) and workers > 0,
+                pin_memory=self.device.type != "cpu", worker_init_fn=cli.ignore_ctrl_c,
                 generator=torch.Generator())  # the loader draws a seed: not from the training's numbers
 
     def __len__(self):
         return len(self.batches)
 
     def __iter__(self):
-        with without_ctrl_c():  # the processes that start here leave Ctrl-C to this one
-            batches = iter(self.batches)
-        for images, labels in batches:
-            cli.Interruption.check()
+        for images, labels in self.batches:
             images, labels = images.to(self.device, non_blocking=True), labels.to(self.device)
             if images.dtype == torch.uint8:
                 images = images.float() / 255
             yield images, labels
 
 
-def start_worker(number):
-    """In a loading process: the thread that hands images over says nothing when the run ends first."""
-    sys.excepthook = lambda *error: None
+class TrainingOrder(Sampler):
+    """Lists of keys for one epoch of training (set `epoch` before each): indices, or Transformed's.
+
+    Every process draws the same permutation, which follows from seed and epoch, and cuts it into
+    batches (the last partial one is dropped). A batch is divided evenly into micro-batches, and each
+    of these into a piece for every process.
+    """
+
+    def __init__(self, images, batch, micro_batches, seed, with_seed):
+        self.images, self.batch, self.micro_batches, self.seed = images, batch, micro_batches, seed
+        self.with_seed, self.epoch = with_seed, 0
+
+    def __len__(self):
+        return self.images // self.batch * self.micro_batches
+
+    def __iter__(self):
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
+        order = torch.randperm(self.images, generator=generator)
+        for batch in order.split(self.batch)[:self.images // self.batch]:
+            pieces = batch.view(self.micro_batches, cli.world_size(), -1)
+            for indices in pieces[:, cli.rank()].tolist():
+                yield [(self.seed, self.epoch, i) for i in indices] if self.with_seed else indices
 
 
-@contextlib.contextmanager
-def without_ctrl_c():
-    """Hold Ctrl-C back; processes that are started meanwhile never see it. Not on Windows."""
-    if not hasattr(signal, "pthread_sigmask"):
-        yield
-        return
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+class TrainingBatches:
+    """What a training draws its images from: `epoch(number)` gives the micro-batches of one epoch.
+
+    batch_size counts the images of all processes in one optimizer step; a process sees at most
+    max_batch at once, in as few micro-batches of equal size as that takes; what does not divide evenly
+    is left out: see `batch`, `micro_batches` and `steps` (of an epoch). UserError for too few images.
+    """
+
+    def __init__(self, dataset, batch_size, max_batch, seed, workers, device):
+        world_size, images = cli.world_size(), len(dataset)
+        per_process = min(batch_size, images) // world_size
+        if not per_process:
+            raise UserError(f"{images} images in batches of {batch_size} do not fill {world_size} processes")
+        self.micro_batches = math.ceil(per_process / max_batch)
+        self.batch = per_process // self.micro_batches * self.micro_batches * world_size
+        self.steps, self.seed = images // self.batch, seed
+        self.order = TrainingOrder(images, self.batch, self.micro_batches, seed, not in_memory(dataset))
+        self.loader = Loader(dataset, self.order, workers, device)
+
+    def epoch(self, number):
+        """An iterator over (images, labels); all random numbers from here on follow from (seed, epoch)."""
+        training.seed_epoch(self.seed, number)
+        self.order.epoch = number
+        return iter(self.loader)
 
 
-def evenly_spread(dataset, count, rank=0, processes=1):
+def evenly_spread(dataset, count, rank=0, world_size=1):
     """`count` images evenly spread over the data set (a folder lists its images class by class).
 
     Of several processes each gets its own: every image exactly once.
     """
     count = min(count, len(dataset))
     chosen = [i * len(dataset) // count for i in range(count)]
-    own = chosen[rank::processes]
+    own = chosen[rank::world_size]
     if in_memory(dataset):
         return TensorDataset(*dataset[own])
     return Subset(dataset, own)

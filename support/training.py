@@ -1,6 +1,5 @@
 """What both training stages share: augmentation, AdamW's groups, schedule, micro-batches, the log."""
 
-import contextlib
 import functools
 import math
 import time
@@ -14,9 +13,7 @@ from torchvision import transforms
 from torchvision.transforms import InterpolationMode, v2
 
 from model import UserError
-from support import cli, files, runs
-
-LOOK_EVERY = 20  # micro-batches
+from support import cli
 
 
 def pretrain_transform(image_size):
@@ -112,50 +109,31 @@ def learning_rate(step, steps, warmup_steps, peak, final):
     return final + (peak - final) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
-def plan_batches(batch_size, max_batch, images):
-    """(batch as it is used, micro-batches of each process, steps of an epoch).
-
-    batch_size counts the images of all processes in one optimizer step; a process sees at most
-    max_batch at once, in as few micro-batches of equal size as that takes; what does not divide evenly
-    is left out of the batch. Raises UserError for too few images.
-    """
-    processes = cli.process_count()
-    per_process = min(batch_size, images) // processes
-    if not per_process:
-        raise UserError(f"{images} images in batches of {batch_size} do not fill {processes} processes")
-    micro_batches = math.ceil(per_process / max_batch)
-    batch = per_process // micro_batches * micro_batches * processes
-    return batch, micro_batches, images // batch
-
-
-def print_dry_run(args, model, loss_of_one_image, images, batch, micro_batches, steps):
+def print_dry_run(args, model, loss_of_one_image, images, batches):
     """Print what the flags come to; loss_of_one_image() is called once, to count its operations."""
     model.eval()  # batch norm takes no single image in training mode
     with FlopCounterMode(display=False) as counter:
         loss_of_one_image().backward()
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    processes = cli.process_count()
+    world_size = cli.world_size()
     print(f"images          {images}\nparameters      {parameters / 1e6:.2f} million\n"
           f"GFLOPs/image    {counter.get_total_flops() / 1e9:.3f} (one training step, 2 per "
-          f"multiply-add)\nbatch           {batch} = {processes} process(es) x {micro_batches} "
-          f"micro-batch(es) of {batch // micro_batches // processes}\n"
-          f"learning rate   {args.base_lr * batch / 256:.3g} at its peak\n"
+          f"multiply-add)\nbatch           {batches.batch} = {world_size} process(es) x "
+          f"{batches.micro_batches} micro-batch(es) of "
+          f"{batches.batch // batches.micro_batches // world_size}\n"
+          f"learning rate   {args.base_lr * batches.batch / 256:.3g} at its peak\n"
           f"epochs          {args.epochs}, {args.warmup_epochs:g} of them warm-up\n"
-          f"steps           {args.epochs * steps}, {steps} in an epoch")
+          f"steps           {args.epochs * batches.steps}, {batches.steps} in an epoch")
 
 
 def distribute(model):
-    """DistributedDataParallel around the model, where there are several processes."""
+    """DistributedDataParallel around the model, where there are several processes.
+
+    Its require_backward_grad_sync, False in all micro-batches but the last, has gradients averaged once.
+    """
     if not dist.is_initialized():
         return model
-    return DistributedDataParallel(model, broadcast_buffers=False)  # mean and std never change
-
-
-def gradient_averaging(model, last_micro_batch):
-    """Context of one micro-batch: gradients are averaged over processes in the last one only."""
-    if dist.is_initialized() and not last_micro_batch:
-        return model.no_sync()
-    return contextlib.nullcontext()
+    return DistributedDataParallel(model)
 
 
 def update(optimizer, lr):
@@ -167,64 +145,39 @@ def update(optimizer, lr):
 
 
 class EpochLog:
-    """The sums of one epoch in this process, its line on the screen, and its row in log.csv.
+    """The sums of one epoch in this process, its line on the screen, and its row of the log.
 
-    Losses stay on the device for LOOK_EVERY micro-batches: to look at one waits for the device.
+    The sums stay on the device: to look at one waits for the device.
     """
 
-    def __init__(self, epoch, epochs, images_in_epoch):
-        self.epoch, self.epochs, self.images_in_epoch = epoch, epochs, images_in_epoch
+    def __init__(self, epoch, epochs, images):
+        self.epoch, self.epochs, self.share = epoch, epochs, images // cli.world_size()
         self.started, self.progress = time.time(), cli.Progress()
-        self.loss_sum, self.images, self.hits = 0.0, 0, None
-        self.losses, self.sizes, self.hit_counts = [], [], []  # of micro-batches not yet added up
+        self.loss_sum, self.images, self.hits, self.counted = 0.0, 0, 0, False
 
     def add(self, loss, images, hits=None):
         """Count a micro-batch: its mean loss, number of images, correct ones (None: nobody counts)."""
-        self.losses.append(loss.detach())
-        self.sizes.append(images)
+        self.loss_sum += loss.detach() * images
+        self.images += images
         if hits is not None:
-            self.hit_counts.append(hits)
-        if len(self.losses) == LOOK_EVERY:
-            self.add_up()
+            self.hits, self.counted = self.hits + hits, True
+        self.progress.show(f"epoch {self.epoch}", self.images / self.share)
 
-    def add_up(self):
-        """Bring the sums up to date; a loss that is not finite stops the run before it is saved."""
-        if not self.losses:
-            return
-        for loss, images in zip(torch.stack(self.losses).tolist(), self.sizes):
-            if not math.isfinite(loss):
-                raise UserError(f"the loss is {loss} in epoch {self.epoch}; what was saved before is "
-                                "kept: try a lower --base-lr")
-            self.loss_sum += loss * images
-            self.images += images
-        if self.hit_counts:
-            self.hits = (self.hits or 0) + torch.stack(self.hit_counts).sum().item()
-        self.losses, self.sizes, self.hit_counts = [], [], []
-        done = self.images / self.images_in_epoch
-        self.progress.show(f"epoch {self.epoch}: {100 * done:.0f}%, loss "
-                           f"{self.loss_sum / self.images:.4f}", done)
-
-    def finish(self, folder, lr):
-        """Print the epoch's line and write its row; rows of later epochs, of a killed run, go."""
-        self.add_up()
+    def finish(self, lr):
+        """Print the epoch's line; returns its row of the log. UserError for a loss that is not finite."""
         seconds = time.time() - self.started
-        loss, images, hits = cli.sum_over_processes(self.loss_sum, self.images, self.hits or 0)
-        row = dict(epoch=self.epoch, loss=f"{loss / images:.6f}", lr=f"{lr:.3e}", accuracy="",
-                   images_per_second=f"{images / seconds:.1f}", **runs.provenance())
+        loss, images, hits = cli.sum_over_processes(float(self.loss_sum), self.images, int(self.hits))
+        if not math.isfinite(loss):
+            raise UserError(f"the loss is {loss} in epoch {self.epoch}; what was saved before is kept: try "
+                            "a lower --base-lr")
+        row = dict(epoch=self.epoch, loss=f"{loss / images:.6f}", accuracy="", lr=f"{lr:.3e}",
+                   images_per_second=f"{images / seconds:.1f}")
         accuracy = ""
-        if self.hits is not None:
+        if self.counted:
             row["accuracy"] = f"{100 * hits / images:.2f}"
             accuracy = f"accuracy {100 * hits / images:5.1f}%  "
         left = seconds * (self.epochs - self.epoch)
         self.progress.clear()
         print(f"epoch {self.epoch:4d}/{self.epochs}  loss {loss / images:7.4f}  {accuracy}lr {lr:.1e}  "
               f"{images / seconds:6.0f} images/s  {cli.minutes(left)} left", flush=True)
-        if cli.rank() == 0:
-            write_log_row(folder / "log.csv", row)
-
-
-def write_log_row(path, row):
-    """Put the row of an epoch behind those of earlier epochs."""
-    earlier = [str(epoch) for epoch in range(1, row["epoch"])]
-    rows = [old for old in files.read_table(path, runs.LOG_FIELDS) if old["epoch"] in earlier]
-    files.write_table(path, runs.LOG_FIELDS, [*rows, row])
+        return row

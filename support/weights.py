@@ -1,30 +1,52 @@
-"""Weights from elsewhere: MAE's release, NIM-AdvDef's checkpoints, timm's ViT, our own files."""
+"""From folders and files to models: published weights, and the defenses that the later stages test."""
 
 import math
 import re
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 
-from model import SIZES, Autoencoder, Classifier, UserError
-from support import checkpoints, data, runs
+from model import DEFENSES, SIZES, Autoencoder, Classifier, UserError
+from support import cli, data, run
 
 ENCODER = ("image_size", "patch_size", "embed_dim", "depth", "num_heads", "mean", "std")
+NORM_PIX_FROM = 14  # pixels of a patch: from here on target patches are normalized by default
+BATCH = 120  # images that are evaluated together; at most --max-batch
 
+
+# ----------------------------------------------------------------------------- published weights
 
 def published_state(path, key="model"):
-    """State dict in a file of weights: ours, MAE's, NIM-AdvDef's ({key: state}), or timm's ViT."""
-    file = checkpoints.read_weights(path)
-    candidates = (file.get(key), file.get("model"), file) if isinstance(file, dict) else ()
-    for state in candidates:
-        if not isinstance(state, dict) or "patch_embed.proj.weight" not in state:
+    """The ViT's state dict in a file of weights: ours, MAE's, NIM-AdvDef's, timm's, or wrapped ones.
+
+    It is looked for under `key`, the usual names, and in the file itself; one prefix in front of all
+    its names (DDP's "module.", torch.compile's "_orig_mod.") is taken off. Says where it was found.
+    """
+    file = run.read_weights(path)
+    file = file if isinstance(file, dict) else {}
+    first = "patch_embed.proj.weight"
+    usual = dict.fromkeys([key, "model", "state_dict", "model_state_dict", *file])
+    places = {name: file[name] for name in usual if isinstance(file.get(name), dict)}
+    for place, state in [*places.items(), ("the file itself", file)]:
+        found = [name for name in state if isinstance(name, str) and name.endswith(first)]
+        if not found:
             continue
-        if getattr(state.get("pos_embed"), "ndim", 3) == 3:
-            state = {name: value for name, value in state.items() if torch.is_tensor(value)}
-            checkpoints.check_finite(path, state)
-            return state
-    raise UserError(f"{path} holds no ViT weights under the names of MAE and timm")
+        prefix = found[0].removesuffix(first)
+        state = {name.removeprefix(prefix): value for name, value in state.items()
+                 if torch.is_tensor(value) and name.startswith(prefix)}
+        if getattr(state.get("pos_embed"), "ndim", 3) != 3:
+            continue
+        if not all(value.isfinite().all() for value in state.values()):
+            raise UserError(f"{path} holds weights that are not finite")
+        others = [name for name in places if name != place]
+        print(f"{path}: took {place}" + (f", without the prefix {prefix!r}" if prefix else "")
+              + (f"; left {', '.join(others)}" if others and place in places else ""))
+        return state
+    raise UserError(f"{path} holds no ViT weights under the names of MAE and timm (patch_embed, blocks); "
+                    f"it holds: {', '.join(map(str, list(file)[:8])) or 'no dictionary'}")
 
 
 def resize_pos_embed(pos_embed, length):
@@ -58,7 +80,7 @@ def initialize(model, state, source):
             value = resize_pos_embed(value, own[name].shape[1])
         if value.shape != own[name].shape:
             raise UserError(f"{name} is {list(value.shape)} in {source} and {list(own[name].shape)} "
-                            "in the model")
+                            "in the model: another --size?")
         loaded[name] = value
     model.load_state_dict(loaded, strict=False)
     return loaded.keys(), own.keys() - loaded.keys(), state.keys() - loaded.keys()
@@ -69,6 +91,8 @@ def initialize_from_file(model, path, key="model"):
 
     A classifier of another number of classes gives everything but its head.
     """
+    if Path(path).is_dir():
+        raise UserError(f"--init takes a file of weights, as {path}/checkpoint.pt, not a folder")
     state, head = published_state(path, key), model.state_dict().get("head.weight")
     if head is not None and "head.weight" in state and len(state["head.weight"]) != len(head):
         print(f"{path}: its head is for {len(state['head.weight'])} classes, not {len(head)}: left out")
@@ -80,25 +104,29 @@ def initialize_from_file(model, path, key="model"):
     return left
 
 
-def load_published(path, kind, size, data_name, mode="clean", norm_pix=None, task="nim"):
-    """A model of --size with published weights, and what a checkpoint of ours would say of it.
+def load_published(path, kind, args):
+    """A model with published weights, and what a checkpoint of ours would say of it.
 
-    kind: "autoencoder" or "classifier"; data_name: the data set whose mean and sd normalize;
-    mode: what the classifier is taken for, "de3" or "clean". The file of an autoencoder does not show
-    its norm_pix (None: as the recipe of the size has it) and task ("nim" or "mim").
+    args: the flags --data (whose mean and std normalize), --size, and, for what the file of an
+    autoencoder does not show, --task and --[no-]norm-pix.
     """
-    if norm_pix is None:
-        norm_pix = runs.norm_pix_by_default(size)
+    dataset = args.data or "digits"
+    row = data.about(dataset)
+    size = args.size or row.size
     key = "model" if kind == "autoencoder" else "classifier"
-    state, data_defaults = published_state(path, key), data.defaults(data_name)
-    config = dict(SIZES[size], mean=data_defaults["mean"], std=data_defaults["std"])
+    state = published_state(path, key)
+    config = dict(SIZES[size], mean=row.mean, std=row.std)
     if "pos_embed" in state:
         side = math.isqrt(state["pos_embed"].shape[1] - 1)
         config["image_size"] = side * config["patch_size"]
     if kind == "autoencoder":
+        norm_pix = args.norm_pix
+        if norm_pix is None:
+            norm_pix = config["patch_size"] >= NORM_PIX_FROM
         config["norm_pix"] = norm_pix
-        print(f"{path}: taken for an autoencoder of {task.upper()} {'with' if norm_pix else 'without'} "
-              "norm_pix, which the file does not show")
+        print(f"{path}: taken for an autoencoder of {args.task.upper()} "
+              f"{'with' if norm_pix else 'without'} norm_pix, which the file does not show (--task, "
+              "--norm-pix, --no-norm-pix)")
         model = Autoencoder(**config)
     else:
         config = {name: config[name] for name in ENCODER}
@@ -107,21 +135,197 @@ def load_published(path, kind, size, data_name, mode="clean", norm_pix=None, tas
     missing = initialize_from_file(model, path, key)
     if missing:
         raise UserError(f"{path} is no whole {kind}: it lacks {', '.join(sorted(missing)[:3])} ...")
-    return model, dict(config=config, task=task, mode=mode, keep_visible=False, classes=None,
-                       settings={"autoencoder": ""})
+    facts = dict(name=dataset, test_sigmas=row.test_sigmas, eps=row.eps, attack_eps=row.attack_eps,
+                 finetune_sigma=row.finetune_sigma)
+    return model, dict(kind=kind, config=config, task=args.task, defense="", options={}, classes=None,
+                       autoencoder=None, data=facts, settings=dict(size=size, data=dataset, seed=0),
+                       model=model.state_dict(), made_by=[run.provenance(())])
 
 
-def load_model(source, kind, device, args, mode="clean"):
-    """(model, checkpoint) from a run's folder or a file of published weights (in the model of --size).
+def load_model(source, kind, device, args):
+    """(model, checkpoint) from a run's folder or a file of published weights (see load_published).
 
-    args: the flags --runs, --data, --size and --seed, for the size, and for the sentence that names
-    the command that makes a missing run. mode: what a published classifier is taken for.
+    The folder of a De³ gives its autoencoder, too.
     """
     if Path(source).is_file():
-        model, checkpoint = load_published(source, kind, args.size, args.data, mode)
-        return model.to(device).eval().requires_grad_(False), checkpoint
-    stage = "pretrain" if kind == "autoencoder" else "finetune"
-    make_it = runs.stage_command(stage, args)
-    if Path(source) not in [runs.autoencoder_folder(args), *runs.default_classifier_folders(args)]:
-        make_it += " and the flags that the folder's name stands for (--help)"
-    return checkpoints.load_finished(source, kind, device, make_it)
+        model, checkpoint = load_published(source, kind, args)
+    elif kind == "autoencoder" and (held := run.read(source).get("autoencoder")):
+        model, checkpoint = run.build(held, f"the autoencoder in {source}"), held
+    else:
+        model, checkpoint = run.load(source, kind)
+    return model.to(device).eval().requires_grad_(False), checkpoint
+
+
+# -------------------------------------------------------------------------------- the defenses
+
+class Tested(NamedTuple):
+    """What a later stage tests: its name in tables, its run, the level in words, and the model.
+
+    defense: None where the classifier is tested alone, "undefended". model: the defense, or else the
+    classifier; from [0, 1] images to logits.
+    """
+    words: str
+    run: str
+    level: str
+    classifier: nn.Module
+    defense: nn.Module
+    checkpoint: dict
+
+    @property
+    def model(self):
+        return self.classifier if self.defense is None else self.defense
+
+
+def file_flags(parser):
+    """The flags for weights that come from a file, which shows neither size nor task."""
+    add = parser.add_argument
+    add("--task", choices=["nim", "mim"], default="nim", help="of an autoencoder in a file, default nim")
+    add("--norm-pix", action="store_true", default=None, help="of an autoencoder in a file; default: at "
+        "patches of 14 pixels and more")
+    add("--no-norm-pix", action="store_false", dest="norm_pix", help="the contrary")
+
+
+def evaluation_flags(parser, images, runs="runs"):
+    """The flags of the later stages; `images` is how many they take by default."""
+    add = parser.add_argument
+    default = [Path("runs/digits/clean"), Path("runs/digits/de3")]
+    add(runs, nargs="*" if runs == "runs" else "+", default=default, type=cli.run_path, metavar="RUN",
+        help="folders of finetune.py's runs, or files of published weights; default: runs/digits/clean "
+        "and runs/digits/de3")
+    add("--autoencoder", type=cli.run_path, metavar="RUN",
+        help="folder or file: put this one in front of every classifier")
+    add("--defense", nargs="+", metavar="NAME[:LEVEL]", help="put these in front of every classifier "
+        f"instead of its own, as de3:50; names: {', '.join(DEFENSES)}")
+    add("--sigma", nargs="+", metavar="S", type=cli.sigma_level, help="sigmas to test De³ at, in 8-bit "
+        "units (0..255), 'off' for its classifier alone; default: the data set's. An undefended "
+        "classifier is always tested as it is")
+    add("--mask-ratio", nargs="+", type=cli.ratio, metavar="R",
+        help="behind MIM: ratios to test, default 0.25 0.5 0.75")
+    add("--data", type=data.dataset_name, help="other test images than the run's: digits, cifar10, FOLDER")
+    add("--split", choices=data.SPLITS, default="test",
+        help="default test; the val images of a FOLDER without test/")
+    add("--images", type=cli.count, default=images, help=f"how many, evenly spread; default {images}")
+    add("--seed", type=cli.number(int), default=0, help="of the noise and the attack, default 0")
+    add("--out", type=Path, help="folder for tables and pictures; default: the one the first run lies in")
+    add("--size", choices=SIZES, help="of a model from a file; default: the data set's")
+    file_flags(parser)
+
+
+def parse_defense(text, test_sigmas):
+    """'de3:50' or 'de3' -> [(name, level)], without a level at all that are usual; 'off' -> [("", None)]."""
+    name, _, level = str(text).partition(":")
+    if name == "off":
+        return [("", None)]
+    if name not in DEFENSES:
+        raise UserError(f"there is no defense {name!r}, only {', '.join(DEFENSES)} and off")
+    return [(name, level) for level in ([level] if level else DEFENSES[name].levels or test_sigmas)]
+
+
+def levels_to_test(args, checkpoint, pretraining):
+    """What the flags say of one run: [(name of a defense, level)], ("", None) for the classifier alone."""
+    test_sigmas = checkpoint["data"]["test_sigmas"]
+    if args.defense:
+        return [pair for text in args.defense for pair in parse_defense(text, test_sigmas)]
+    name = checkpoint["defense"]
+    if args.autoencoder and not name:
+        name = "mim" if pretraining["task"] == "mim" else "de3"
+    if not name:
+        return [("", None)]
+    levels = (args.mask_ratio or DEFENSES[name].levels) if name == "mim" else args.sigma or test_sigmas
+    return [("" if level is None else name, level) for level in levels]
+
+
+def describe(checkpoint, defense):
+    """A defense in words: "undefended", "De³ σ = 50", "adversarial training 16/255" ..."""
+    settings = checkpoint["settings"]
+    words = [f"{defense.title} {defense.level}"] if defense is not None else []
+    if settings.get("adversarial") is not None:
+        words.append(f"adversarial training {255 * settings['adversarial']:.3g}/255")
+    words = words or ["undefended"]
+    if checkpoint["config"].get("arch", "vit") != "vit":
+        words.append(checkpoint["config"]["arch"])
+    elif settings.get("from_scratch"):
+        words.append("from scratch")
+    return ", ".join(words)
+
+
+def put_in_front(source, classifier, checkpoint, autoencoder, chosen, votes=1):
+    """A classifier behind each of the chosen defenses, [(name, level)]: a list of Tested."""
+    tested = []
+    for name, level in chosen:
+        defense = None
+        if name:
+            if DEFENSES[name].needs_autoencoder and autoencoder is None:
+                raise UserError(f"{source} holds no autoencoder for {DEFENSES[name].title}: give one with "
+                                "--autoencoder RUN")
+            options = checkpoint["options"] if name == checkpoint["defense"] else {}
+            defense = DEFENSES[name](autoencoder, classifier, level, votes=votes, **options).eval()
+        tested.append(Tested(describe(checkpoint, defense), Path(source).as_posix(),
+                             defense.level if name else "off", classifier, defense, checkpoint))
+    return tested
+
+
+def load_run(source, args, device):
+    """One run: (classifier, its checkpoint, the autoencoder in front of it or None, its checkpoint)."""
+    classifier, checkpoint = load_model(source, "classifier", device, args)
+    if args.autoencoder:
+        return classifier, checkpoint, *load_model(args.autoencoder, "autoencoder", device, args)
+    if checkpoint["autoencoder"] is None:
+        return classifier, checkpoint, None, None
+    return classifier, checkpoint, *load_model(source, "autoencoder", device, args)
+
+
+def load_defenses(args, device, votes=1):
+    """What the flags of the later stages ask for: a list of Tested on the device.
+
+    Fills in --data, --out and --max-batch, which follow from the first run.
+    """
+    tested = []
+    for source in args.runs:
+        classifier, checkpoint, autoencoder, pretraining = load_run(source, args, device)
+        chosen = levels_to_test(args, checkpoint, pretraining)
+        tested += put_in_front(source, classifier, checkpoint, autoencoder, chosen, votes)
+    words = [one.words for one in tested]
+    tested = [one._replace(words=f"{one.words} ({one.run})") if words.count(one.words) > 1 else one
+              for one in tested]
+    if args.mask_ratio and not any(one.level.startswith("mask") for one in tested):
+        raise UserError("--mask-ratio changes nothing without an autoencoder of MIM: leave it out")
+    first = tested[0].checkpoint
+    args.data = args.data or first["data"]["name"]
+    args.out = args.out or Path(args.runs[0]).parent
+    args.max_batch = args.max_batch or cli.MAX_BATCH.get(first["settings"]["size"], 256)
+    return tested
+
+
+def load_test_images(args, tested, device):
+    """What --data, --split and --images ask for: (batches of this process's share, how many in all).
+
+    batches: a data.Loader; its `classes` are in the order of the classifiers' outputs. Says what a run
+    was trained on, where it is tested on something else, and the order of classes that nobody recorded.
+    """
+    first = tested[0].checkpoint
+    images = data.load_dataset(args.data, args.split, first["config"]["image_size"])
+    order = None  # of the classes, once a run has said it
+    for source, checkpoint in {one.run: one.checkpoint for one in tested}.items():
+        config, trained_on = checkpoint["config"], checkpoint["data"]["name"]
+        if config["image_size"] != first["config"]["image_size"]:
+            raise UserError("the runs take images of different sizes: test them in two calls")
+        if trained_on != args.data:
+            print(f"note: {source} was trained on {trained_on} and is tested on {args.data}")
+        if checkpoint["classes"] is not None:
+            if order not in (None, checkpoint["classes"]):
+                raise UserError("the runs number the classes differently: test them in two calls")
+            order = checkpoint["classes"]
+            images = data.in_order_of(order, images, args.data)
+    for source, checkpoint in {one.run: one.checkpoint for one in tested}.items():
+        if checkpoint["classes"] is None:
+            known, named = checkpoint["config"]["num_classes"], images.classes
+            if known != len(named):
+                raise UserError(f"{source} knows {known} classes, {args.data} has {len(named)}")
+            listed = ", ".join(f"{number} {name}" for number, name in enumerate(named[:20]))
+            print(f"note: {source} does not name its classes; they are taken in this order: {listed}"
+                  + (" ..." if len(named) > 20 else ""))
+    own = data.evenly_spread(images, args.images, cli.rank(), cli.world_size())
+    batches = data.Loader(own, min(BATCH, args.max_batch), args.workers, device)
+    batches.classes = images.classes
+    return batches, min(args.images, len(images))

@@ -12,7 +12,6 @@ import importlib
 import io
 import multiprocessing
 import os
-import re
 import shutil
 import signal
 import subprocess
@@ -33,6 +32,7 @@ from torch import nn
 
 from model import Autoencoder, Classifier
 from support import cli, data
+from support import run as run_module
 
 torch.set_num_threads(1)
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -166,15 +166,12 @@ class Result(NamedTuple):
     out: str
     err: str
 
-    def wrote(self):
-        """The checkpoints that the output names."""
-        return [Path(path) for path in re.findall(r"wrote (.*checkpoint\.pt)", self.out)]
-
 
 def run(script, *arguments):
     """A stage or study in this process, on the CPU: python SCRIPT.py ARGUMENTS."""
     out, err, code = io.StringIO(), io.StringIO(), 0
     argv = [f"{script}.py", *map(str, arguments)]
+    run_module.digest_of_file.cache_clear()  # a test may have edited a file
     if "--device" not in argv and script not in ("studies.plot", "studies.ship"):
         argv += ["--device", "cpu"]
     with contextlib.ExitStack() as stack:
@@ -208,16 +205,16 @@ def torchrun(script, *arguments, processes=2):
     return Result(done.returncode, done.stdout, done.stderr)
 
 
-def kill_after_first_save(script, flags, runs):
-    """Start a stage, kill it after its first save. Returns the checkpoint."""
-    before = set(runs.rglob("checkpoint.pt"))
-    running = process(script, *flags)
-    while not (saved := set(runs.rglob("checkpoint.pt")) - before):
+def kill_after_first_save(script, flags, folder):
+    """Start a stage that trains in this folder, kill it after its first save."""
+    path = folder / "checkpoint.pt"
+    before = path.stat().st_mtime_ns if path.exists() else None
+    running = process(script, *flags, "--out", folder)
+    while not path.exists() or path.stat().st_mtime_ns == before:
         CHECK.assertIsNone(running.poll(), "ended before it was killed")
         time.sleep(0.01)
     running.kill()
     running.communicate()
-    return saved.pop()
 
 
 def in_processes(function, *arguments_of_each):
@@ -255,9 +252,9 @@ def assert_refused(result, says=()):
 
 # ------------------------------------------------------------------- flags, and runs made only once
 
-def photo_flags(runs, folder=None):
-    """The flags of any stage for a data set in a folder; the photos, unless a folder is given."""
-    return "--data", folder or photos(), "--size", "tiny", "--workers", 0, "--runs", runs
+def photo_flags(folder=None):
+    """The flags of pretrain.py for a data set in a folder; the photos, unless a folder is given."""
+    return "--data", folder or photos(), "--size", "tiny", "--workers", 0
 
 
 def training(epochs=1, batch_size=8, warmup=0, base_lr=0.04):
@@ -268,30 +265,33 @@ def training(epochs=1, batch_size=8, warmup=0, base_lr=0.04):
 
 @functools.cache
 def digits_runs():
-    """Short default runs on the digits: (runs, pretrain's Result, finetune's Result)."""
-    runs = new_folder()
-    return (runs, finished(run("pretrain", "--runs", runs, *training(3, 32, 1))),
-            finished(run("finetune", "--runs", runs, *training(4, 32, 1))))
-
-
-def digits_names():
-    """The folders of the De³ and the undefended classifier of digits_runs(), as tables give them."""
-    runs, _, finetuned = digits_runs()
-    return [str(path.parent.relative_to(runs / "digits")) for path in finetuned.wrote()]
+    """Short default runs on the digits: (their folder, with nim, de3 and clean in it, the Results)."""
+    folder = new_folder()
+    results = [finished(run("pretrain", *training(3, 32, 1), "--out", folder / "nim"))]
+    for mode in ("de3", "clean"):
+        results.append(finished(run("finetune", "--mode", mode, "--autoencoder", folder / "nim",
+                                    *training(4, 32, 1))))
+    return folder, results
 
 
 @functools.cache
 def photo_autoencoder(task="nim", epochs=1):
-    """Folder of a pretraining run on the photos. Copy it before training behind it."""
-    result = run("pretrain", "--task", task, *training(epochs, warmup=epochs // 5),
-                 *photo_flags(new_folder()))
-    return finished(result).wrote()[0].parent
+    """Folder of a pretraining run on the photos, named by its task. It is not written to again."""
+    folder = new_folder() / task
+    finished(run("pretrain", "--task", task, *training(epochs, warmup=epochs // 5), *photo_flags(),
+                 "--out", folder))
+    return folder
 
 
 def photo_runs(task="nim"):
-    """A new --runs folder with the autoencoder in its place: (runs, folder of the autoencoder)."""
-    source, runs = photo_autoencoder(task), new_folder()
-    target = runs / "photos" / source.name
-    target.mkdir(parents=True)
-    shutil.copy(source / "checkpoint.pt", target)
-    return runs, target
+    """A new folder with a copy of that run in it: the copy, beside which classifiers may be trained."""
+    return Path(shutil.copytree(photo_autoencoder(task), new_folder() / task))
+
+
+@functools.cache
+def photo_classifier(mode="de3", task="nim"):
+    """Folder of a short fine-tuning run on the photos. It is not written to again."""
+    folder = new_folder() / mode
+    finished(run("finetune", "--mode", mode, "--autoencoder", photo_autoencoder(task), *training(2),
+                 "--workers", 0, "--out", folder))
+    return folder
