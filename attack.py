@@ -55,7 +55,8 @@ def objective(logits, labels, targets, loss):
 def check_logits(logits):
     """UserError unless a model's output is what PGD can climb: logits that depend on the images."""
     if not torch.is_tensor(logits) or logits.dim() != 2:
-        raise UserError(f"the model must return logits, a tensor [B, classes], not {type(logits).__name__}")
+        found = list(logits.shape) if torch.is_tensor(logits) else type(logits).__name__
+        raise UserError(f"the model must return logits, a tensor [B, classes], not {found}")
     if not logits.requires_grad:
         raise UserError("the model's logits have no gradient with respect to the images: it detaches them "
                         "or works under no_grad, and PGD cannot attack it")
@@ -116,7 +117,7 @@ def strongest(model, candidates, labels, targets=None, draws=10):
     Highest error rate over fresh draws of the model, then highest mean margin: to choose on a
     single evaluation of a random model picks luck, not strength. Where nothing is random one is enough.
     """
-    if not getattr(model, "is_random", True):
+    if not getattr(model, "is_random", True) and not is_random(model, candidates[0]):
         draws = 1
     with torch.no_grad():
         margins = torch.stack([torch.stack([objective(model(x), labels, targets, "margin")
@@ -133,16 +134,28 @@ def without_gradient(gradient, margins):
 
 
 def warn_of_weak_settings(model, eps, steps, step_size, random_start):
-    """Warn of an attack that is weaker than it seems."""
+    """Warn of an attack that is weaker than it seems: too short a walk, a model in training mode."""
     needed = 2 * eps if random_start else eps  # from a random start across the ball, or to its edge
     if steps * step_size < needed * (1 - 1e-6):
-        warnings.warn(f"{steps} steps of {255 * step_size:.3g}/255 cannot cross the ball of radius "
-                      f"{255 * eps:.3g}/255: give more or larger steps", stacklevel=3)
+        warnings.warn(f"{steps} steps of {step_size:.3g} ({255 * step_size:.3g}/255) cannot cross the ball "
+                      f"of radius {eps:.3g} ({255 * eps:.3g}/255): give more or larger steps", stacklevel=3)
     acting = (nn.modules.batchnorm._BatchNorm, nn.modules.dropout._DropoutNd, StochasticDepth)
     if isinstance(model, nn.Module) and any(part.training and isinstance(part, acting)
                                             and getattr(part, "p", 1) > 0 for part in model.modules()):
         warnings.warn("the model is in training mode (its batch norm, dropout or drop path): call "
                       "model.eval() first", stacklevel=3)
+
+
+def warn_of_lost_gradients(underflows, masked, images):
+    """Warn of so many images, of all, that were still right and had no gradient of the loss, or none."""
+    if underflows:
+        warnings.warn(f"{underflows} of {images} images that were still right had no gradient of the "
+                      "loss (the cross-entropy of an overconfident model underflows): the margin loss "
+                      "(loss='margin') was used for them", stacklevel=3)
+    if masked:
+        warnings.warn(f"{masked} of {images} images that were still right had no gradient at all, of the "
+                      "margin loss (loss='margin') neither: the model masks it, and PGD does not attack "
+                      "them", stacklevel=3)
 
 
 def pgd(model, images, labels, eps, steps, step_size=None, norm="linf", random_start=True,
@@ -204,17 +217,12 @@ def pgd(model, images, labels, eps, steps, step_size=None, norm="linf", random_s
             if norm == "linf":
                 direction = gradient.sign()
             else:
-                direction = F.normalize(gradient.flatten(1), eps=1e-30).view_as(gradient)
+                largest = gradient.abs().amax((1, 2, 3), keepdim=True)  # the square of 1e-30 is 0
+                direction = gradient / largest.where(largest > 0, 1)
+                direction = F.normalize(direction.flatten(1)).view_as(gradient)
             x[active] = project(x[active] + step_size * direction, images[active], eps, norm)
         candidates.append(x)
-    if underflows - masked and loss == "ce":
-        warnings.warn(f"{len(underflows - masked)} of {len(images)} images that were still right had no "
-                      "gradient of the cross-entropy, which underflows on an overconfident model: the "
-                      "margin loss (loss='margin') was used for them", stacklevel=2)
-    if masked:
-        warnings.warn(f"{len(masked)} of {len(images)} images that were still right had no gradient at "
-                      "all, with the margin loss neither: the model masks it, and PGD does not attack "
-                      "them", stacklevel=2)
+    warn_of_lost_gradients(len(underflows - masked), len(masked), len(images))
     return candidates[0] if restarts == 1 else strongest(model, candidates, labels, targets)
 
 
@@ -229,11 +237,10 @@ def accuracy(model, images, labels, draws):
 
 def is_random(model, images):
     """Whether a model needs EOT: it says so, or two calls on these images differ."""
-    if getattr(model, "is_random", False):
-        return True
     with torch.no_grad():
         first, second = model(images), model(images)
-    return not torch.allclose(first, second, rtol=1e-3, atol=1e-4)
+    differs = not torch.allclose(first, second, rtol=1e-3, atol=1e-4)
+    return differs or getattr(model, "is_random", False)
 
 
 def check_adversarial(adversarial, images, eps, norm):
@@ -311,6 +318,15 @@ def arguments():
     return args
 
 
+class Cell(NamedTuple):
+    """A row of the table that is to be measured: a defense, an attack on it, and its settings."""
+    one: weights.Tested
+    random: bool
+    name: str
+    eps: float
+    settings: dict
+    seconds: float  # about how long it will take
+
 def attack_settings(args, name, eps, random):
     """The arguments of an attack for one row of the table; random: the defense needs EOT."""
     base = name.removesuffix("+eot")
@@ -324,15 +340,42 @@ def attack_settings(args, name, eps, random):
     return settings
 
 
-def print_heading(args, tested, images):
-    """What the table is about; returns the width of its first column."""
-    step = "2.5 eps/steps" if args.step_size is None else f"{255 * args.step_size:.3g}/255"
-    width = max(len(one.words) for one in tested)
-    print(f"{images} {args.split} images of {args.data}, {args.norm}, {args.steps} steps of {step}, EOT "
-          f"{args.eot}, {args.restarts} restart(s), loss {'+'.join(args.loss)}, {args.threat}-box, "
-          f"{DRAWS} draws, seed {args.seed}; accuracy in % [95% interval]\n\n{'defense':{width}} "
-          f"{'eps':>7}  {'attack':8} {'clean':>19} {'robust':>19} {'seconds':>8}   gradients/s")
-    return width
+def gradients_of_image(settings, args):
+    """How many gradients an attack takes for each image, if it never stops early."""
+    return settings["steps"] * settings["eot"] * settings["restarts"] * len(args.loss)
+
+
+def plan_table(args, tested, images, images_in_all):
+    """The cells to measure; two calls of each model on the first images tell how long they will take."""
+    cells = []
+    for one in tested:
+        started = time.time()
+        random = is_random(one.model, images)
+        seconds_of_image = (time.time() - started) / 2 / len(images)
+        for eps in args.eps or one.checkpoint["data"]["attack_eps"]:
+            for name in args.attack:
+                settings, base = attack_settings(args, name, eps, random), name.removesuffix("+eot")
+                if name != base and base in args.attack and settings["eot"] == 1:
+                    continue  # nothing is random for the attacker: the same as without EOT
+                seconds = 3 * seconds_of_image * images_in_all * gradients_of_image(settings, args)
+                cells.append(Cell(one, random, name, eps, settings, seconds / cli.world_size()))
+    return cells
+
+
+def measure(cell, args, batches, images_in_all, device, show):
+    """Clean and robust accuracy of a cell, both in percent over all processes, and its seconds."""
+    model, draws = cell.one.model, DRAWS if cell.random else 1
+    attacked = model if args.threat == "white" else cell.one.classifier
+    with cli.autocast(args.bf16, device):
+        training.seed_epoch(args.seed, 0)
+        clean = torch.cat([accuracy(model, images, labels, draws) for images, labels in batches])
+        training.seed_epoch(args.seed, 0)
+        started = time.time()
+        robust = attack_batches(ATTACKS[cell.name.removesuffix("+eot")].run, model, attacked, batches,
+                                cell.eps, args.norm, args.loss, draws, cell.settings, show)
+        seconds = time.time() - started
+    clean, robust = cli.sum_over_processes(clean.sum().item(), robust.sum().item())
+    return 100 * clean / images_in_all, 100 * robust / images_in_all, seconds
 
 
 def main():
@@ -341,50 +384,36 @@ def main():
     tested = weights.load_defenses(args, device)
     batches, images_in_all = weights.load_test_images(args, tested, device)
     table, progress = report.open_table(args.out / "attack.csv"), cli.Progress()
-    images_digest, (first_images, _) = data.digest_of(batches), next(iter(batches))
-    width = print_heading(args, tested, images_in_all)
-    for one in tested:
-        with cli.autocast(args.bf16, device):
-            random = is_random(one.model, first_images)
-        draws = DRAWS if random else 1
-        origin = run.origin_of_row(one.model, CODE)
-        attacked = one.model if args.threat == "white" else one.classifier
-
-        def percent(correct):
-            """The share of correct draws of all images, over all processes, in percent."""
-            return cli.sum_over_processes(correct.sum().item())[0] * 100 / images_in_all
-        training.seed_epoch(args.seed, 0)
-        with cli.autocast(args.bf16, device):
-            shares = [accuracy(one.model, images, labels, draws) for images, labels in batches]
-        clean = percent(torch.cat(shares))
-        for eps in args.eps or one.checkpoint["data"]["attack_eps"]:
-            ball = f"{255 * eps:.4g}/255" if args.norm == "linf" else f"{eps:g}"
-            for name in args.attack:
-                settings, base = attack_settings(args, name, eps, random), name.removesuffix("+eot")
-                if name != base and base in args.attack and settings["eot"] == 1:
-                    continue  # nothing is random for the attacker: the same as without EOT
-                training.seed_epoch(args.seed, 0)
-                started = time.time()
-                with cli.autocast(args.bf16, device):
-                    correct = attack_batches(
-                        ATTACKS[base].run, one.model, attacked, batches, eps, args.norm, args.loss, draws,
-                        settings, lambda text, done: progress.show(f"{one.words}, {ball}, {name}: {text}",
-                                                                   done))
-                progress.clear()
-                robust, seconds = percent(correct), time.time() - started
-                report.append_row(table, dict(
-                    defense=one.words, run=one.run, level=one.level, attack=name, norm=args.norm,
-                    eps=f"{eps:.6g}", steps=settings["steps"], step_size=f"{settings['step_size']:.6g}",
-                    restarts=settings["restarts"], eot=settings["eot"], loss="+".join(args.loss),
-                    threat=args.threat, reading="one shot", draws=draws, data=args.data, split=args.split,
-                    images=images_in_all, pixels=images_digest, seed=args.seed,
-                    precision="bf16" if args.bf16 else "fp32", clean_accuracy=f"{clean:.2f}",
-                    robust_accuracy=f"{robust:.2f}", seconds=f"{seconds:.1f}", **origin))
-                gradients = images_in_all * settings["steps"] * settings["eot"] * settings["restarts"]
-                speed = f"{gradients * len(args.loss) / seconds:.0f}"
-                print(f"{one.words:{width}} {ball:>7}  {name:8} {report.interval(clean, images_in_all):>19} "
-                      f"{report.interval(robust, images_in_all):>19} {seconds:8.1f} "
-                      f"{'stopped early' if settings['early_stop'] else speed:>13}", flush=True)
+    first_images, _ = next(iter(batches))
+    with cli.autocast(args.bf16, device):
+        cells = plan_table(args, tested, first_images, images_in_all)
+    pixels = data.digest_of(batches)
+    step = "2.5 eps/steps" if args.step_size is None else f"{255 * args.step_size:.3g}/255"
+    width = max(len(one.words) for one in tested)
+    print(f"{images_in_all} {args.split} images of {args.data}, {args.norm}, {args.steps} steps of {step}, EOT "
+          f"{args.eot}, {args.restarts} restart(s), loss {'+'.join(args.loss)}, {args.threat}-box, "
+          f"{DRAWS} draws, seed {args.seed}; accuracy in % [95% interval]; takes at most about "
+          f"{cli.minutes(sum(cell.seconds for cell in cells))} minutes\n\n{'defense':{width}} "
+          f"{'eps':>7}  {'attack':8} {'clean':>19} {'robust':>19} {'seconds':>8}   gradients/s")
+    for cell in cells:
+        one, settings = cell.one, cell.settings
+        ball = f"{255 * cell.eps:.4g}/255" if args.norm == "linf" else f"{cell.eps:g}"
+        clean, robust, seconds = measure(
+            cell, args, batches, images_in_all, device,
+            lambda text, done: progress.show(f"{one.words}, {ball}, {cell.name}: {text}", done))
+        progress.clear()
+        report.append_row(table, dict(
+            defense=one.words, run=one.run, level=one.level, attack=cell.name, norm=args.norm,
+            eps=f"{cell.eps:.6g}", steps=settings["steps"], step_size=f"{settings['step_size']:.6g}",
+            restarts=settings["restarts"], eot=settings["eot"], loss="+".join(args.loss),
+            threat=args.threat, reading="one shot", draws=DRAWS if cell.random else 1, data=args.data,
+            split=args.split, images=images_in_all, pixels=pixels, seed=args.seed,
+            precision="bf16" if args.bf16 else "fp32", clean_accuracy=f"{clean:.2f}",
+            robust_accuracy=f"{robust:.2f}", seconds=f"{seconds:.1f}", **run.origin_of_row(one.model, CODE)))
+        speed = f"{images_in_all * gradients_of_image(settings, args) / seconds:.0f}"
+        print(f"{one.words:{width}} {ball:>7}  {cell.name:8} {report.interval(clean, images_in_all):>19} "
+              f"{report.interval(robust, images_in_all):>19} {seconds:8.1f} "
+              f"{'stopped early' if settings['early_stop'] else speed:>13}", flush=True)
     print(f"\nwrote {table}")
 
 

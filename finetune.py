@@ -20,19 +20,20 @@ import torch.nn.functional as F
 from torchvision.transforms import v2
 
 from attack import pgd
-from model import DEFENSES, SIGMA_HELP, SIZES, UserError, make_classifier
+from model import CLASSIFIERS, DEFENSES, SIGMA_HELP, SIZES, UserError, make_classifier
 from support import cli, data, report, run, training, weights
 
 PAPER = dict(epochs=100, batch_size=1024, base_lr=1e-3, warmup_share=0.05, weight_decay=0.05,
-             layer_decay=0.75, drop_path=0.1, label_smoothing=0.1, attack_steps=5, augment=True)
-TINY = dict(epochs=48, batch_size=32, base_lr=3.2e-2, warmup_share=1 / 12, weight_decay=0.05,
-            layer_decay=1.0, drop_path=0.0, label_smoothing=0.1, attack_steps=5, augment=True)
+             layer_decay=0.75, beta2=0.999, drop_path=0.1, label_smoothing=0.1, attack_steps=5, augment=True)
+TINY = dict(epochs=40, batch_size=64, base_lr=6.4e-2, warmup_share=1 / 12, weight_decay=0.05,
+            layer_decay=1.0, beta2=0.98, drop_path=0.0, label_smoothing=0.1, attack_steps=5, augment=True)
 RECIPES = {  # the paper's from base on; tiny was chosen on the validation images of the digits
     "tiny": TINY,
-    "tiny resnet18": {**TINY, "epochs": 12, "batch_size": 128, "base_lr": 2e-3},
+    "tiny resnet18": {**TINY, "epochs": 12, "batch_size": 128, "base_lr": 2e-3, "beta2": 0.999},
     "tiny adversarial": {**TINY, "label_smoothing": 0.0, "augment": False},  # which make it weaker
     "small": dict(epochs=10, batch_size=128, base_lr=4e-3, warmup_share=0.1, weight_decay=0.05,
-                  layer_decay=0.75, drop_path=0.0, label_smoothing=0.1, attack_steps=2, augment=True),
+                  layer_decay=0.75, beta2=0.999, drop_path=0.0, label_smoothing=0.1, attack_steps=2,
+                  augment=True),
     "medium": {**PAPER, "epochs": 50, "batch_size": 256, "warmup_share": 0.1, "attack_steps": 2},
     "base": PAPER,
     "large": {**PAPER, "epochs": 50, "warmup_share": 0.1},
@@ -57,7 +58,7 @@ def arguments():
     add("--keep-visible", action="store_true", help="behind MIM: keep unmasked patches as they are")
     add("--adversarial", type=cli.linf_eps, metavar="EPS", help="adversarial training, linf, as 8/255")
     add("--from-scratch", action="store_true", help="random weights instead of the encoder's")
-    add("--arch", choices=["vit", "resnet18"], default="vit", help="default vit")
+    add("--arch", choices=CLASSIFIERS, default="vit", help="default vit")
     add("--data", type=data.dataset_name, help="default: the autoencoder's; its folder has moved, say")
     weights.file_flags(parser)
     return cli.parse(parser)
@@ -88,6 +89,10 @@ def settle(args, device):
         made = pretraining["settings"]
         if args.size not in (None, made["size"]):
             raise UserError(f"--size {args.size}: the autoencoder's is {made['size']}, and decides")
+        if not args.autoencoder.is_file():
+            cli.refuse_unused(args, ["task", "norm_pix"], "for a run's folder, which knows it")
+        if args.data not in (None, made["data"]):
+            print(f"note: {args.autoencoder} was trained on {made['data']}, the classifier is on {args.data}")
         args.data, args.size = args.data or made["data"], made["size"]
         args.seed = made["seed"] if args.seed is None else args.seed
         args.autoencoder_weights = run.fingerprint(autoencoder)
@@ -165,6 +170,9 @@ def main():
     mix = v2.RandomChoice([v2.MixUp(alpha=0.8, num_classes=num_classes),
                            v2.CutMix(alpha=1.0, num_classes=num_classes)])
     batches = data.TrainingBatches(train, args.batch_size, args.max_batch, args.seed, args.workers, device)
+    if args.arch != "vit" and batches.at_once < 2:
+        raise UserError("batch norm needs at least 2 images at once: give a larger --batch-size or "
+                        "--max-batch")
 
     # the classifier: new, from the encoder, or as the run left it
     torch.manual_seed(args.seed)
@@ -175,7 +183,7 @@ def main():
         weights.initialize(classifier, autoencoder.state_dict(), "the autoencoder")
     optimizer = torch.optim.AdamW(
         training.parameter_groups(classifier, args.weight_decay, args.layer_decay),
-        betas=(0.9, 0.999), fused=True)
+        betas=(0.9, args.beta2), fused=True)
 
     # the defense that it is trained behind
     defense, defense_name, options, kept = None, "", {}, None
@@ -188,12 +196,20 @@ def main():
         defense = DEFENSES[defense_name](autoencoder, classifier, level, **options)
     if args.mode == "de3":
         kept = {name: value for name, value in pretraining.items() if name != "optimizer"}
+
+    def loss_of(count):
+        """The sum of the logits of so many black images, which costs what the loss costs."""
+        classifier.eval()  # batch norm is to learn nothing from them
+        images = torch.zeros(count, 3, config["image_size"], config["image_size"], device=device)
+        if defense is not None:
+            with torch.no_grad():
+                images = defense.purify(images)
+        return classifier(images).sum()
     if args.dry_run:
-        image = torch.zeros(1, 3, config["image_size"], config["image_size"], device=device)
-        loss = (defense or classifier)
-        training.print_dry_run(args, classifier, lambda: loss(image).sum(), len(train), batches)
+        training.print_dry_run(args, classifier, loss_of, len(train), batches)
         return
-    first_epoch = this_run.start(config, args.data, train, classifier, optimizer, defense=defense_name,
+    first_epoch = this_run.start(config, args.data, train, classifier, optimizer,
+                                 lambda: loss_of(batches.at_once).backward(), defense=defense_name,
                                  options=options, classes=train.classes, autoencoder=kept)
 
     # training

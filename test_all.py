@@ -12,41 +12,50 @@
                                TestDe3           gradients, straight-through clamp, votes, MIM
                                TestPgd           known optima, the ball, EOT
     tests/test_pgd.py          TestPgdOptions    invariants, restarts, early stop, draws run together
-    tests/test_table.py        TestTable         ball check, intervals, PSNR, rows, names in words
+                               TestPgdWarnings   lost gradients, short walks, training mode
+    tests/test_kinds.py        TestNoiseLaw, TestAttack, TestDefense, TestDataSet: a kind is one entry
+    tests/test_table.py        TestTable         ball check, intervals, PSNR, names in words
+                               TestRows          attack.csv; TestSheet: pictures
     tests/test_training.py     TestTraining      learning rate, groups, batches, precision; TestLog
     tests/test_recipes.py      TestRecipes       against the paper's numbers; TestAugmentation as well
-    tests/test_runs.py         TestFolders       names of run folders; TestCheckpoints: saved whole
+    tests/test_run.py          TestRun           a checkpoint is read, built and loaded with care
+    tests/test_experiment.py   what is changed shows: other code, weights or data
     tests/test_data.py         TestData          the digits, augmentation, loader, order, even spread
-    tests/test_color.py        TestColor         images in memory, test folders, CIFAR-10, --save
+                               TestFolders       folders, CIFAR-10; TestOrderOfClasses
+    tests/test_images.py       transparency, EXIF, formats, file names, defend.py's photographs
+    tests/test_own_images.py   folders of images as people have them
     tests/test_stages.py       TestStages        pretrain, finetune, defend, attack on the digits
     tests/test_folder.py       TestFolder        the same and the variants on a small folder of images
     tests/test_published.py    TestInitialize    names, shapes and positions copied from other weights
                                TestPublished     --init, and the later stages, on weights from elsewhere
+                               TestWhatPeopleHave    prefixes, places, numbers beside the weights
     tests/test_processes.py    TestProcesses     torchrun: the same weights, each image once, no hang
     tests/test_resume.py       TestResume        killed runs end with the same weights and the same log
     tests/test_bad_input.py    TestBadArguments  what model.py and pgd refuse
                                TestBadInput      one sentence and exit code 2
     tests/test_audit.py        TestAudit         catches hidden gradients, passes an honest defense
     tests/test_certify.py      TestCertificate   the beta quantile, attacks inside the certified radius
-    tests/test_compare.py      TestCompare       names what is missing; readings, means over seeds
-                               TestPlot          the curves over sigma
+    tests/test_compare.py      TestCompare       what is missing, what is measured again; TestReadings
+                               TestPlot          the rows of one attack, the curves over sigma
+    tests/test_ship.py         TestShip          half-precision copies
+    tests/test_speed.py        TestPlain         the plain De³ is ours in other words
 """
 
 import argparse
 import math
 import sys
 import unittest
+import warnings
 from unittest import mock
 
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torchvision.models import resnet18
 
 import attack
 from attack import pgd
-from model import (Classifier, De3, NoiseScale, add_noise, patchify, sincos_pos_embed,
-                   unpatchify)
+from model import (Classifier, De3, Defense, MaskAndFill, NoiseOnly, NoiseScale, UserError, add_noise,
+                   make_classifier, patchify, sincos_pos_embed, unpatchify)
 from tests.helpers import (ENCODER, REPOSITORY, Linear, assert_near, random_images, seeded,
                            small_autoencoder, small_classifier)
 
@@ -144,13 +153,16 @@ class TestNoise(unittest.TestCase):
 
     def test_noise_scale_as_text(self):
         """A number is the uniform distribution from itself to itself; what is printed can be read."""
-        for text, expected in [("70", ("uniform", 70, 70)), ("0.5", ("uniform", 0.5, 0.5)),
-                               ("gamma:25,3", ("gamma", 25, 3)), ("uniform:0,30", ("uniform", 0, 30))]:
+        for text, law, parameters in [("70", "uniform", (70, 70)), ("0.5", "uniform", (0.5, 0.5)),
+                                      ("gamma:25,3", "gamma", (25, 3)), ("uniform:0,30", "uniform",
+                                                                         (0, 30))]:
             scale = NoiseScale.parse(text)
-            self.assertEqual((scale.kind, scale.first, scale.second), expected)
+            self.assertEqual(scale, NoiseScale(law, parameters))
             self.assertEqual(scale.fixed, None if ":" in text else float(text))
             self.assertEqual(str(scale), text)
+            self.assertIs(NoiseScale.parse(scale), scale)
         self.assertEqual(NoiseScale.parse(70), NoiseScale.parse("uniform:70,70"))
+        self.assertEqual(str(NoiseScale.parse("uniform:70,70")), "70")
 
 
 # ------------------------------------------------------- the networks, image by image, in plain steps
@@ -388,7 +400,7 @@ class TestDe3(unittest.TestCase):
 
     def test_straight_through_differs_at_clamped_pixels_only(self):
         images = random_images(2, 3, 8, 8).double()
-        defense = De3(None, nn.Flatten(), 100)  # no autoencoder: a pixel acts on itself alone
+        defense = NoiseOnly(None, nn.Flatten(), 100)  # a pixel acts on itself alone
         clamped = seeded(defense.purify, images)
         clamped = (clamped == 0) | (clamped == 1)
         self.assertTrue(0.05 < clamped.double().mean() < 0.95)
@@ -406,7 +418,7 @@ class TestDe3(unittest.TestCase):
 
     def test_one_sigma_per_image_and_call(self):
         torch.manual_seed(0)
-        defense = De3(None, nn.Flatten(), "uniform:0,40")
+        defense = NoiseOnly(None, nn.Flatten(), "uniform:0,40")
         stds = 255 * defense(torch.full((200, 3, 16, 16), 0.5)).std(1)
         self.assertTrue(stds.min() < 4 and 36 < stds.max() < 44)
         self.assertAlmostEqual(stds.mean().item(), 20, delta=4)
@@ -421,17 +433,45 @@ class TestDe3(unittest.TestCase):
         self.assertTrue(torch.equal(defense(images), defense(images)))
         self.assertFalse(defense.is_random)
 
-    def test_undefended(self):
-        images, defense = random_images(2, 3, 8, 8).double(), self.defense()
-        bare = De3(defense.autoencoder, defense.classifier, None, votes=3)
-        self.assertTrue(torch.equal(bare(images), defense.classifier(images)))
-        self.assertTrue(torch.equal(bare.purify(images), images))
-        self.assertTrue(defense.defended and not bare.defended)
-
-    def test_without_autoencoder(self):
+    def test_noise_only(self):
+        """Noise and clamp; the autoencoder is not even kept."""
         images, classifier = random_images(), small_classifier()
-        noisy = seeded(lambda: add_noise(images, NoiseScale.parse(80).draw(4)))
-        assert_near(seeded(De3(None, classifier, 80), images), classifier(noisy.clamp(0, 1)))
+        noisy = seeded(lambda: add_noise(images, NoiseScale.parse(80).draw(4))).clamp(0, 1)
+        for autoencoder in (None, small_autoencoder()):
+            defense = NoiseOnly(autoencoder, classifier, 80)
+            assert_near(seeded(defense.purify, images), noisy)
+            assert_near(seeded(defense, images), classifier(noisy))
+            self.assertIsNone(defense.autoencoder)
+
+    def test_steps(self):
+        """What pictures and tables show: the last step is what the classifier sees, the first is raw."""
+        images, autoencoder = random_images(), small_autoencoder().eval()
+        for defense, names in [(De3(autoencoder, None, 200), ["noisy", "denoised"]),
+                               (NoiseOnly(None, None, 200), ["noisy"]),
+                               (MaskAndFill(autoencoder, None, 0.5), ["masked", "filled in"])]:
+            steps = seeded(defense.steps, images)
+            self.assertEqual(list(steps), names)
+            self.assertTrue(torch.equal(steps[names[-1]], seeded(defense.purify, images)))
+        noisy = seeded(De3(autoencoder, None, 200).steps, images)["noisy"]
+        self.assertGreater(noisy.max(), 1.2)  # not clamped
+        masked = steps["masked"]
+        gray = (masked == 0.5).all(1).double().mean()
+        self.assertAlmostEqual(gray.item(), 0.5, delta=0.01)
+        self.assertTrue(torch.equal(masked[masked != 0.5], images[masked != 0.5]))
+
+    def test_base_class(self):
+        """A defense is `purify`; the votes, the check of the images and the pictures are inherited."""
+        class Dark(Defense):
+            title, level, is_random = "dark", "half", False
+
+            def purify(self, images):
+                return images / 2
+        images, classifier = random_images(), small_classifier()
+        assert_near(Dark(None, classifier)(images), classifier(images / 2))
+        assert_near(Dark(None, classifier, votes=3)(images), classifier(images / 2).log_softmax(1))
+        self.assertEqual(list(Dark(None, classifier).steps(images)), ["purified"])
+        self.assertRaises(UserError, Dark(None, classifier), images + 0.1)
+        self.assertRaises(NotImplementedError, Defense(None, classifier), images)
 
     def test_votes(self):
         """The log of the mean probability."""
@@ -447,26 +487,37 @@ class TestDe3(unittest.TestCase):
         autoencoder, classifier = small_autoencoder(), small_classifier()
         _, prediction, mask = seeded(autoencoder.mim, images, 0.75)
         whole = autoencoder.to_images(prediction, images).clamp(0, 1)
-        defense = De3(autoencoder, classifier, None, mask_ratio=0.75)
+        defense = MaskAndFill(autoencoder, classifier, 0.75)
         assert_near(seeded(defense.purify, images), whole)
         assert_near(seeded(defense, images), classifier(whole))
         pixels = unpatchify(mask[:, :, None].expand(-1, -1, 48), 4)
-        defense = De3(autoencoder, classifier, None, mask_ratio=0.75, keep_visible=True)
+        defense = MaskAndFill(autoencoder, classifier, 0.75, keep_visible=True)
         assert_near(seeded(defense.purify, images), torch.where(pixels == 1, whole, images))
+
+    def test_mask_ratio_is_drawn(self):
+        """From a uniform distribution at every call, where it is one."""
+        defense = MaskAndFill(small_autoencoder(), None, "uniform:0.2,0.6")
+        torch.manual_seed(0)
+        ratios = torch.tensor([defense.draw_ratio() for _ in range(500)])
+        self.assertTrue(0.2 <= ratios.min() < 0.22 and 0.58 < ratios.max() <= 0.6)
+        self.assertEqual(MaskAndFill(small_autoencoder(), None, 0.5).draw_ratio(), 0.5)
 
     def test_level_and_randomness(self):
         """Its setting in words, and whether an attack on it needs EOT."""
-        for sigma, mask_ratio, level, is_random in [
-                (None, None, "off", False), (0, None, "σ = 0", False), (50, None, "σ = 50", True),
-                ("uniform:0,40", None, "σ = uniform:0,40", True),
-                (None, 0.5, "mask 0.5", True)]:
-            defense = De3(small_autoencoder(), small_classifier(), sigma, mask_ratio)
+        for kind, setting, level, is_random in [
+                (De3, 0, "σ = 0", False), (De3, "50", "σ = 50", True), (NoiseOnly, 50, "σ = 50", True),
+                (De3, "uniform:0,40", "σ = uniform:0,40", True), (NoiseOnly, 0, "σ = 0", False),
+                (MaskAndFill, 0.5, "mask 0.5", True)]:
+            defense = kind(small_autoencoder(), small_classifier(), setting)
             self.assertEqual((defense.level, defense.is_random), (level, is_random))
             outputs = [defense(random_images()) for _ in range(2)]
             self.assertEqual(torch.equal(*outputs), not is_random)
+        visible = MaskAndFill(small_autoencoder(), None, 0.5, keep_visible=True)
+        self.assertEqual(visible.level, "mask 0.5, visible kept")
 
     def test_any_classifier(self):
-        defense = De3(small_autoencoder(), resnet18(num_classes=7), 50).eval()
+        resnet = make_classifier("resnet18", num_classes=7, mean=(0.5,) * 3, std=(0.2,) * 3, depth=2)
+        defense = De3(small_autoencoder(), resnet, 50).eval()
         images = random_images().requires_grad_()
         logits = defense(images)
         self.assertEqual(logits.shape, (4, 7))
@@ -558,7 +609,8 @@ class TestPgd(unittest.TestCase):
         images, labels = torch.full((64, 3, 4, 4), 0.5), torch.zeros(64, dtype=torch.long)
         broken = {}
         for eot in (1, 16):
-            x = pgd(Misleading(), images, labels, 0.1, 20, 0.02, eot=eot)
+            with warnings.catch_warnings(action="ignore"):  # 16 slopes can cancel exactly
+                x = pgd(Misleading(), images, labels, 0.1, 20, 0.02, eot=eot)
             broken[eot] = (Misleading()(x).argmax(1) == 1).float().mean()
         self.assertLess(broken[1], 0.2)
         self.assertGreater(broken[16], 0.8)

@@ -57,11 +57,12 @@ def choose_rows(rows, args):
     for name, wanted in (("attack", args.attack), ("eps", args.eps and f"{args.eps:.6g}"),
                          ("threat", args.threat)):
         if wanted:
-            chosen = keep([row for row in chosen if row.get(name) == wanted], f"of another {name}")
+            chosen = keep([row for row in chosen if row.get(name, "").removesuffix("+eot") == wanted],
+                          f"of another {name}")
     if not chosen:
         raise UserError("the table holds no row of that attack")
     last = chosen[-1]
-    for name in ONE_ATTACK:
+    for name in ONE_ATTACK if "attack" in last else (*ONE_ATTACK, "eot"):
         chosen = keep([row for row in chosen if row.get(name, "") == last.get(name, "")],
                       f"whose {name} is not {last.get(name, '')}")
     if "attack" in last:  # attack.csv: with EOT where it changes something, the latest of each
@@ -76,6 +77,9 @@ def choose_rows(rows, args):
         if len(seeds) > 1:  # of the attack, not of the training
             chosen = keep([row for row in chosen if row.get("seed", "") == last.get("seed", "")],
                           f"of another seed of the attack than {last['seed']}")
+    else:
+        latest = {(row["defense"], row["level"], row["seed"]): row for row in chosen}
+        chosen = keep(list(latest.values()), "measured again, of earlier weights")
     return chosen
 
 

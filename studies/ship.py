@@ -7,6 +7,7 @@ Whether half precision keeps the accuracy: attack.py on the runs and on the copi
 """
 
 import argparse
+import re
 import shlex
 from pathlib import Path
 
@@ -17,8 +18,7 @@ from support import cli, data, run
 
 def without_folders(command):
     """A command with the last name of each absolute path only: where it was run is nobody's business."""
-    words = shlex.split(command)
-    return shlex.join(Path(word).name if word.startswith("/") else word for word in words)
+    return shlex.join(re.sub("(^|=)/.*/", r"\1", word) for word in shlex.split(command))
 
 
 def halve(checkpoint, dataset):
@@ -31,6 +31,8 @@ def halve(checkpoint, dataset):
                        for name, value in checkpoint["model"].items()}
     halved["data"] = {**checkpoint["data"], "name": dataset}
     halved["settings"] = {**checkpoint["settings"], "data": dataset}
+    if halved["settings"].get("init"):
+        halved["settings"]["init"] = Path(halved["settings"]["init"]).name
     halved["made_by"] = [{**made, "command": without_folders(made["command"])}
                          for made in checkpoint["made_by"]]
     if checkpoint.get("autoencoder"):

@@ -1,5 +1,6 @@
 """The defenses that the comparison puts side by side: for each its run's folder, and what makes it."""
 
+import shlex
 from pathlib import Path
 from typing import NamedTuple
 
@@ -77,16 +78,18 @@ def missing_commands(table, chosen, at, seeds, dataset):
     commands = {}
     for seed in seeds:
         here = folder_of(at, seed)
-        common = ("" if dataset == "digits" else f" --data {dataset}") + (f" --seed {seed}" if seed else "")
+        common = "" if dataset == "digits" else f" --data {shlex.quote(dataset)}"
+        common += f" --seed {seed}" if seed else ""
         for entry in chosen:
             pretrained, trained = here / entry.autoencoder, here / entry.run
-            if not (pretrained / "checkpoint.pt").exists():
-                flags = table.pretraining[entry.autoencoder]
-                commands[f"python pretrain.py {flags}{common} --out {pretrained}"] = None
+            for name in filter(None, (entry.autoencoder, entry.in_front)):
+                if not (here / name / "checkpoint.pt").exists():
+                    commands[f"python pretrain.py {table.pretraining[name]}{common} "
+                             f"--out {shlex.quote(str(here / name))}"] = None
             if not (trained / "checkpoint.pt").exists():
-                commands[f"python finetune.py --autoencoder {pretrained} {entry.flags} "
-                         f"--out {trained}"] = None
-    return [" ".join(command.split()) for command in commands]
+                commands[f"python finetune.py --autoencoder {shlex.quote(str(pretrained))} "
+                         f"{entry.flags} --out {shlex.quote(str(trained))}"] = None
+    return [command.replace("  ", " ") for command in commands]
 
 
 def choose(table, names):

@@ -88,7 +88,7 @@ ratio = number(float, 0, 0.99)
 
 def stage_parser(docstring):
     """A parser with the flags that every stage has; the docstring becomes its help."""
-    parser = argparse.ArgumentParser(description=docstring,
+    parser = argparse.ArgumentParser(description=docstring, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--device", default="auto", help="auto (default: cuda if there is one), cpu, cuda, ...")
@@ -188,6 +188,32 @@ def open_device(name):
     return device
 
 
+def choose_threads(work, device, wanted=None):
+    """Let PyTorch use the number of CPU threads that pays for work() now: one, or all it may use.
+
+    A tiny model gains little by a second thread, and is several times slower with it where another
+    process keeps a core busy, because the threads wait for each other. wanted: the number of an earlier
+    run, whose rounding is to be repeated. Returns the number.
+    """
+    allowed = torch.get_num_threads()
+    if device.type != "cpu" or allowed == 1:
+        return allowed
+    if wanted is None:
+        work()  # the first call prepares
+        seconds = {allowed: 0.0, 1: 0.0}
+        for threads in [allowed, 1] * 4:  # in turns: what else runs on the machine may change
+            torch.set_num_threads(threads)
+            started = time.perf_counter()
+            work()
+            work()
+            seconds[threads] += time.perf_counter() - started
+            if seconds[allowed] > 2:  # not tiny
+                break
+        wanted = allowed if seconds[allowed] > 2 or 1.2 * seconds[allowed] < seconds[1] else 1
+    torch.set_num_threads(min(wanted, allowed))
+    return min(wanted, allowed)
+
+
 def rank():
     """The number of this process, 0 where there is only one."""
     return dist.get_rank() if dist.is_initialized() else 0
@@ -272,6 +298,9 @@ def run_script(main, resumable=False):
         message = str(error).strip().splitlines()[-1].removeprefix("model.UserError: ")
         print(f"error: {message}", file=sys.stderr)
         sys.exit(2)
+    except BrokenPipeError:  # what read the output has ended: python attack.py | head
+        sys.stdout = open(os.devnull, "w")
+        sys.exit(1)
     except OSError as error:  # a full disk, a folder that cannot be written to ...
         print(f"error: {error}; what was saved before is kept", file=sys.stderr)
         sys.exit(2)

@@ -203,6 +203,9 @@ DATASETS = {  # any other --data is a folder
 }
 
 
+DATA_HELP = f"{', '.join(DATASETS)}, or FOLDER with train/<class>/ and val/<class>/ in it"
+
+
 def dataset_name(text):
     """The argparse type of --data: a data set's name, or a folder, of which the whole path is kept."""
     return text if text in DATASETS else str(Path(text).resolve())
@@ -314,7 +317,7 @@ def in_order_of(classes, images, dataset):
         pixels, labels = images.tensors
         images.tensors = (pixels, torch.tensor(places)[labels])
     else:
-        images.places = places
+        images.places = [places[place] for place in images.places]
     images.classes = list(classes)
     return images
 
@@ -419,6 +422,7 @@ class TrainingBatches:
             raise UserError(f"{images} images in batches of {batch_size} do not fill {world_size} processes")
         self.micro_batches = math.ceil(per_process / max_batch)
         self.batch = per_process // self.micro_batches * self.micro_batches * world_size
+        self.at_once = self.batch // self.micro_batches // world_size  # images that a process sees
         self.steps, self.seed = images // self.batch, seed
         self.order = TrainingOrder(images, self.batch, self.micro_batches, seed, not in_memory(dataset))
         self.loader = Loader(dataset, self.order, workers, device)

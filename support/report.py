@@ -42,7 +42,8 @@ def read_table(path, numbers=()):
     if not path.exists():
         return []
     try:
-        text = path.read_bytes().decode("utf-8-sig")  # a spreadsheet program puts a mark in front
+        # a spreadsheet program puts a mark in front, and names of files need not be text
+        text = path.read_bytes().decode("utf-8-sig", "surrogateescape")
         table = csv.DictReader(io.StringIO(text), strict=True, restval="")
         if text and (table.fieldnames is None or len(table.fieldnames) < 2):
             raise csv.Error("its columns must be separated by commas")
@@ -64,7 +65,7 @@ def write_table(path, columns, rows):
     table = csv.DictWriter(text, columns)
     table.writeheader()
     table.writerows(rows)
-    run.write_whole(path, lambda file: file.write(text.getvalue().encode()))
+    run.write_whole(path, lambda file: file.write(text.getvalue().encode(errors="surrogateescape")))
 
 
 def open_table(path):
@@ -102,9 +103,14 @@ def load_font():
         return ImageFont.load_default()
 
 
+def printable(text):
+    """The text in letters that the font has: Latin-1."""
+    return text.replace("σ", "sigma").encode("latin-1", "replace").decode("latin-1")
+
+
 def shorten(text, font, width):
     """The text, cut with an ellipsis where it is wider than so many pixels."""
-    text = text.replace("σ", "sigma").encode("latin-1", "replace").decode("latin-1")  # the font's letters
+    text = printable(text)
     if font.getlength(text) <= width:
         return text
     while text and font.getlength(text + "...") > width:
@@ -114,7 +120,8 @@ def shorten(text, font, width):
 
 def draw_sheet(path, heading, columns, rows):
     """Write a PNG: a heading, the titles of the columns, then the rows with theirs at the left."""
-    font = load_font()
+    font, heading = load_font(), printable(heading)
+    rows = [row._replace(title=printable(row.title)) for row in rows]
     left = 12 + max(int(font.getlength(line)) for row in rows for line in row.title.split("\n"))
     height = CELL + TEXT + 2 * GAP
     top = (TEXT + 4) * (heading.count("\n") + 2) + 2 * GAP

@@ -144,11 +144,9 @@ def read_weights(path):
     Checksums are tested, which torch.load ignores. What is let through besides: argparse.Namespace,
     which MAE's training checkpoints hold, and NumPy's numbers.
     """
-    allowed = [argparse.Namespace, np.dtype, np.ndarray, type(np.dtype(np.float64)),
-               type(np.dtype(np.float32)), type(np.dtype(np.int64))]
-    for module in (np, getattr(np, "_core", None), getattr(np, "core", None)):
-        if hasattr(module, "multiarray"):
-            allowed.append(module.multiarray.scalar)
+    scalar = (np._core if hasattr(np, "_core") else np.core).multiarray.scalar
+    allowed = [argparse.Namespace, np.dtype, *{type(np.dtype(kind)) for kind in "?bhilqBHILQefdU"},
+               (scalar, "numpy.core.multiarray.scalar"), (scalar, "numpy._core.multiarray.scalar")]
     try:
         with open(path, "rb") as file:
             is_archive = file.read(4) == b"PK\x03\x04"  # older formats have no checksums
@@ -160,7 +158,7 @@ def read_weights(path):
         raise UserError(f"there is no file {path}") from None
     except Exception as error:  # torch.load of a damaged file raises many kinds
         lines = (str(error) or type(error).__name__).splitlines()
-        named = [line for line in lines if "GLOBAL" in line or "Unsupported" in line]
+        named = [line for line in lines if "GLOBAL" in line or "Unsupported" in line or "but got" in line]
         reason = (named or lines)[0].strip()[:160]
         raise UserError(f"{path} is damaged, is no file of weights, or holds objects that could run "
                         f"code when loaded ({reason})") from None
@@ -168,11 +166,11 @@ def read_weights(path):
 
 # ---------------------------------------------------------------------------- reading a run back
 
-def read(folder, kind=None):
+def read(folder, kind=None, making=None):
     """The checkpoint in a run's folder; UserError where there is none, or one of another kind."""
     path = Path(folder) / "checkpoint.pt"
     if not path.exists():
-        stage = "pretrain.py" if kind == "autoencoder" else "finetune.py"
+        stage = "pretrain.py" if "autoencoder" in (kind, making) else "finetune.py"
         mode = " --mode clean" if Path(folder).name == "clean" else ""
         raise UserError(f"{folder} holds no run (there is no {path}): make it with python {stage}{mode} "
                         f"--out {folder}, or name another run's folder")
@@ -323,16 +321,20 @@ class Run:
         raise UserError(f"{self.folder} holds {what}; go on with that run by --resume, train anew over it "
                         "with --overwrite, or keep it and name another folder with --out")
 
-    def start(self, config, dataset, train, model, optimizer, **more):
+    def start(self, config, dataset, train, model, optimizer, try_step, **more):
         """Begin or go on: the first epoch to train, from 0. Model and optimizer get what was saved.
 
         config: what builds the model. dataset, train: the name of the data and its training images.
-        more: what the later stages need besides.
+        try_step(): forward and backward of one micro-batch, to choose the number of CPU threads, which
+        is kept, since another number rounds differently. more: what the later stages need besides.
         """
+        threads = cli.choose_threads(try_step, next(model.parameters()).device,
+                                     self.saved.get("threads") if self.saved else None)
+        optimizer.zero_grad()
         made_by = [dict(provenance(self.files), from_epoch=1)]
         facts = data.facts(dataset, train)
         self.checkpoint = dict(kind=self.kind, config=config, settings=self.settings, data=facts, epoch=0,
-                               epochs=self.epochs, log=[], made_by=made_by, **more)
+                               epochs=self.epochs, log=[], made_by=made_by, threads=threads, **more)
         if self.saved is None:
             return 0
         then = self.saved["data"]

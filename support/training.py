@@ -109,18 +109,16 @@ def learning_rate(step, steps, warmup_steps, peak, final):
     return final + (peak - final) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
-def print_dry_run(args, model, loss_of_one_image, images, batches):
-    """Print what the flags come to; loss_of_one_image() is called once, to count its operations."""
+def print_dry_run(args, model, loss_of, images, batches):
+    """Print what the flags come to; loss_of(1), of one image, is called to count its operations."""
     model.eval()  # batch norm takes no single image in training mode
     with FlopCounterMode(display=False) as counter:
-        loss_of_one_image().backward()
+        loss_of(1).backward()
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    world_size = cli.world_size()
     print(f"images          {images}\nparameters      {parameters / 1e6:.2f} million\n"
           f"GFLOPs/image    {counter.get_total_flops() / 1e9:.3f} (one training step, 2 per "
-          f"multiply-add)\nbatch           {batches.batch} = {world_size} process(es) x "
-          f"{batches.micro_batches} micro-batch(es) of "
-          f"{batches.batch // batches.micro_batches // world_size}\n"
+          f"multiply-add)\nbatch           {batches.batch} = {cli.world_size()} process(es) x "
+          f"{batches.micro_batches} micro-batch(es) of {batches.at_once}\n"
           f"learning rate   {args.base_lr * batches.batch / 256:.3g} at its peak\n"
           f"epochs          {args.epochs}, {args.warmup_epochs:g} of them warm-up\n"
           f"steps           {args.epochs * batches.steps}, {batches.steps} in an epoch")

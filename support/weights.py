@@ -149,7 +149,7 @@ def load_model(source, kind, device, args):
     """
     if Path(source).is_file():
         model, checkpoint = load_published(source, kind, args)
-    elif kind == "autoencoder" and (held := run.read(source).get("autoencoder")):
+    elif kind == "autoencoder" and (held := run.read(source, making=kind).get("autoencoder")):
         model, checkpoint = run.build(held, f"the autoencoder in {source}"), held
     else:
         model, checkpoint = run.load(source, kind)
@@ -201,7 +201,8 @@ def evaluation_flags(parser, images, runs="runs"):
         "classifier is always tested as it is")
     add("--mask-ratio", nargs="+", type=cli.ratio, metavar="R",
         help="behind MIM: ratios to test, default 0.25 0.5 0.75")
-    add("--data", type=data.dataset_name, help="other test images than the run's: digits, cifar10, FOLDER")
+    add("--data", type=data.dataset_name, help="other test images than the run's: "
+        + data.DATA_HELP)
     add("--split", choices=data.SPLITS, default="test",
         help="default test; the val images of a FOLDER without test/")
     add("--images", type=cli.count, default=images, help=f"how many, evenly spread; default {images}")
@@ -231,7 +232,8 @@ def levels_to_test(args, checkpoint, pretraining):
         name = "mim" if pretraining["task"] == "mim" else "de3"
     if not name:
         return [("", None)]
-    levels = (args.mask_ratio or DEFENSES[name].levels) if name == "mim" else args.sigma or test_sigmas
+    levels = (args.mask_ratio or DEFENSES[name].levels) if name == "mim" else (
+        args.sigma or DEFENSES[name].levels or test_sigmas)
     return [("" if level is None else name, level) for level in levels]
 
 
@@ -280,6 +282,9 @@ def load_defenses(args, device, votes=1):
 
     Fills in --data, --out and --max-batch, which follow from the first run.
     """
+    sources = [*args.runs, args.autoencoder] if args.autoencoder else args.runs
+    if not any(Path(source).is_file() for source in sources):
+        cli.refuse_unused(args, ["size", "task", "norm_pix"], "without a file of weights")
     tested = []
     for source in args.runs:
         classifier, checkpoint, autoencoder, pretraining = load_run(source, args, device)
@@ -327,5 +332,8 @@ def load_test_images(args, tested, device):
                   + (" ..." if len(named) > 20 else ""))
     own = data.evenly_spread(images, args.images, cli.rank(), cli.world_size())
     batches = data.Loader(own, min(BATCH, args.max_batch), args.workers, device)
+    some, _ = next(iter(data.Loader(images, 50, device=device)))
+    with torch.no_grad():
+        cli.choose_threads(lambda: tested[-1].model(some), device)
     batches.classes = images.classes
     return batches, min(args.images, len(images))

@@ -10,6 +10,7 @@ import csv
 import functools
 import importlib
 import io
+import json
 import multiprocessing
 import os
 import shutil
@@ -205,6 +206,40 @@ def torchrun(script, *arguments, processes=2):
     return Result(done.returncode, done.stdout, done.stderr)
 
 
+def elsewhere(*commands, repository=REPOSITORY, processes=1):
+    """Stages one after the other in a new process, or in several under torchrun: their Results.
+
+    A command is (script, *flags), with a number in front to cut it after that epoch. Of several
+    processes only that of rank 0 may have printed anything. repository: another copy of the code.
+    """
+    path = new_folder() / "commands.json"
+    path.write_text(json.dumps([[word if isinstance(word, int) else str(word) for word in command]
+                                for command in commands]))
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    subprocess.run([sys.executable, *(launcher if processes > 1 else []), "-m", "tests.helpers", path],
+                   check=True, timeout=120, cwd=repository, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    written = [json.loads(path.with_suffix(f".{rank}").read_text()) for rank in range(processes)]
+    first, *others = [[Result(*result) for result in results] for results in written]
+    for results in others:
+        CHECK.assertEqual([(result.code, result.out) for result in results],
+                          [(result.code, "") for result in first])
+    return first
+
+
+def run_commands(path):
+    """The other side of `elsewhere`."""
+    results = []
+    for number, command in enumerate(json.loads(path.read_text())):
+        if number and "RANK" in os.environ:  # the first stage meets as torchrun says, which works once
+            torch.distributed.init_process_group(
+                "gloo", init_method=f"file://{path}.meeting{number}", rank=int(os.environ["RANK"]),
+                world_size=int(os.environ["WORLD_SIZE"]))
+        cut = command.pop(0) if isinstance(command[0], int) else None
+        with cut_after(cut):
+            results.append(run(*command))
+    path.with_suffix(f".{os.environ.get('RANK', 0)}").write_text(json.dumps(results))
+
+
 def kill_after_first_save(script, flags, folder):
     """Start a stage that trains in this folder, kill it after its first save."""
     path = folder / "checkpoint.pt"
@@ -215,6 +250,41 @@ def kill_after_first_save(script, flags, folder):
         time.sleep(0.01)
     running.kill()
     running.communicate()
+
+
+@contextlib.contextmanager
+def cut_after(epoch):
+    """End a training, as Ctrl-C does, after it has saved this epoch."""
+    save = run_module.Run.save
+
+    def save_and_stop(this_run, number, *arguments):
+        save(this_run, number, *arguments)
+        if number == epoch:
+            raise KeyboardInterrupt
+    with mock.patch.object(run_module.Run, "save", save_and_stop):
+        yield
+
+
+def saved(folder):
+    """The checkpoint in a run's folder."""
+    return torch.load(Path(folder) / "checkpoint.pt")
+
+
+def assert_same_run(one, other):
+    """Two runs' folders hold the same weights, optimizer and log, bit by bit; but for the speed."""
+    a, b = saved(one), saved(other)
+    CHECK.assertEqual((a["epoch"], list(a["model"])), (b["epoch"], list(b["model"])))
+    for name, value in a["model"].items():
+        CHECK.assertTrue(torch.equal(value, b["model"][name]), name)
+    states = [checkpoint["optimizer"]["state"] for checkpoint in (a, b)]
+    CHECK.assertEqual(*[list(state) for state in states])
+    for number, moments in states[0].items():
+        for name, value in moments.items():
+            CHECK.assertTrue(torch.equal(value, states[1][number][name]), (number, name))
+    logs = [[{**row, "images_per_second": ""} for row in read_csv(Path(folder) / "log.csv")]
+            for folder in (one, other)]
+    CHECK.assertEqual(*logs)
+    CHECK.assertEqual([row["epoch"] for row in logs[0]], [str(1 + i) for i in range(a["epoch"])])
 
 
 def in_processes(function, *arguments_of_each):
@@ -295,3 +365,7 @@ def photo_classifier(mode="de3", task="nim"):
     finished(run("finetune", "--mode", mode, "--autoencoder", photo_autoencoder(task), *training(2),
                  "--workers", 0, "--out", folder))
     return folder
+
+
+if __name__ == "__main__":
+    run_commands(Path(sys.argv[1]))

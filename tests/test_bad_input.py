@@ -2,18 +2,17 @@
 
 import io
 import math
+import os
 import unittest
-import warnings
+from unittest import mock
 
-import numpy as np
 import torch
-from PIL import Image
-from torch import nn
 
 from attack import pgd
-from model import De3, NoiseScale, UserError, add_noise
-from tests.helpers import (Linear, Result, RunsCode, assert_refused, copy_of_photos, digits_names,
-                           digits_runs, finished, new_folder, photo_flags, photo_runs, photos, process,
+from model import De3, MaskAndFill, NoiseOnly, NoiseScale, UserError, add_noise
+from support.weights import parse_defense
+from tests.helpers import (Result, RunsCode, assert_refused, finished, new_folder,
+                           photo_autoencoder, photo_classifier, photo_flags, photo_runs, process,
                            random_images, run, small_autoencoder, small_classifier, training)
 
 
@@ -46,30 +45,42 @@ class TestBadArguments(unittest.TestCase):
                 small_autoencoder().mim(random_images(), ratio)
 
     def test_images(self):
-        for sigma in (None, 50):
-            defense, images = De3(small_autoencoder(), small_classifier(), sigma), random_images()
-            bad = images.clone()
-            bad[0, 0, 0, 0] = math.nan
+        autoencoder, classifier, images = small_autoencoder(), small_classifier(), random_images()
+        bad = images.clone()
+        bad[0, 0, 0, 0] = math.nan
+        for defense in (De3(autoencoder, classifier, 50), NoiseOnly(None, classifier, 0),
+                        MaskAndFill(autoencoder, classifier, 0.5)):
             for wrong in (bad, images + 0.01, images - 1.01, images * 255, images.round().long(),
                           (images * 255).byte(), images[0], images.numpy(), images[:0]):
-                with self.subTest(sigma=sigma), self.assertRaises(UserError):
+                with self.subTest(defense.title), self.assertRaises(UserError):
                     defense(wrong)
-            images.view(-1)[:2] = torch.tensor([1 + 5e-7, -5e-7])
-            self.assertEqual(defense(images).shape, (4, 10))
-            images.view(-1)[0] = 1 + 5e-6
-            self.assertRaises(UserError, defense, images)
+            within = images.clone()
+            within.view(-1)[:2] = torch.tensor([1 + 5e-7, -5e-7])
+            self.assertEqual(defense(within).shape, (4, 10))
+            within.view(-1)[0] = 1 + 5e-6
+            self.assertRaises(UserError, defense, within)
 
-    def test_settings_of_de3(self):
-        autoencoder, classifier = small_autoencoder(), small_classifier()
-        for source, settings in [
-                (autoencoder, dict(sigma=50, votes=0)), (autoencoder, dict(sigma=-1)),
-                (autoencoder, dict(sigma=math.nan)), (autoencoder, dict(sigma=50, mask_ratio=0.5)),
-                (None, dict(sigma=None, mask_ratio=0.5)),
-                (autoencoder, dict(sigma=None, mask_ratio=1)),
-                (autoencoder, dict(sigma=None, mask_ratio=0.5, noise=torch.zeros(3, 16, 16))),
-                (autoencoder, dict(sigma=None, mask_ratio=-0.1))]:
-            with self.subTest(settings), self.assertRaises(UserError):
-                De3(source, classifier, **settings)
+    def test_settings_of_defenses(self):
+        models = small_autoencoder(), small_classifier()
+        noise = torch.zeros(3, 16, 16)
+        for kind, setting, more in [
+                (De3, 50, dict(votes=0)), (De3, -1, {}), (De3, math.nan, {}), (De3, "off", {}),
+                (De3, "uniform:0,30", dict(noise=noise)), (NoiseOnly, "gamma:25,3", dict(noise=noise)),
+                (NoiseOnly, -1, {}), (MaskAndFill, 1, {}), (MaskAndFill, -0.1, {}),
+                (MaskAndFill, math.nan, {}), (MaskAndFill, "gamma:1,1", {}),
+                (MaskAndFill, "uniform:0,1", {}),
+                (MaskAndFill, 0.5, dict(votes=0))]:
+            with self.subTest(kind.title, setting=setting, **more), self.assertRaises(UserError):
+                kind(*models, setting, **more)
+
+    def test_names_of_defenses(self):
+        """As --defense and the comparison's table take them."""
+        self.assertEqual(parse_defense("off", (0, 50)), [("", None)])
+        self.assertEqual(parse_defense("de3:uniform:0,9", ()), [("de3", "uniform:0,9")])
+        self.assertEqual(parse_defense("no-denoise", (0, 50)), [("no-denoise", 0), ("no-denoise", 50)])
+        self.assertEqual(parse_defense("mim", (0, 50)), [("mim", r) for r in (0.25, 0.5, 0.75)])
+        for text in ("jpeg:50", "De3:5", "", ":5"):
+            self.assertRaisesRegex(UserError, "de3, no-denoise, mim and off", parse_defense, text, ())
 
     def test_settings_of_pgd(self):
         images, labels, model = random_images(6, 3, 16, 16), torch.arange(6), small_classifier()
@@ -103,27 +114,6 @@ class TestBadArguments(unittest.TestCase):
             with self.assertRaisesRegex(UserError, "float32"):
                 pgd(model.to(dtype), images.to(dtype), labels, 0.1, 1)
 
-    def test_gradient_that_is_zero(self):
-        """Masked everywhere: a warning, since nothing was attacked; not where one image has one."""
-        class Flat(nn.Module):
-            def forward(self, x):
-                score = x.flatten(1)[:, 0] * torch.tensor([self.slope, 0, 0, 0])
-                return torch.stack([score, 0 * score], dim=1)
-        model, labels = Flat(), torch.zeros(4, dtype=torch.long)
-        model.slope = 0.0
-        with self.assertWarnsRegex(UserWarning, "gradient is zero"):
-            pgd(model, random_images(), labels, 0.1, 1)
-        model.slope = 1.0
-        with warnings.catch_warnings(action="error"):
-            pgd(model, random_images(), labels, 0.1, 1)
-
-    def test_gradient_that_is_not_finite(self):
-        class Broken(nn.Module):
-            def forward(self, x):
-                return Linear((3, 16, 16))(x) * math.nan
-        with self.assertRaisesRegex(UserError, "finite"):
-            pgd(Broken(), random_images(), torch.zeros(4, dtype=torch.long), 0.1, 1)
-
 
 class TestBadInput(unittest.TestCase):
     """What the stages refuse."""
@@ -134,157 +124,156 @@ class TestBadInput(unittest.TestCase):
             assert_refused(run(script, *arguments), says)
 
     def test_flags_of_training(self):
+        out = new_folder() / "run"
         for flags in (["--sigma", "-5"], ["--sigma", "nan"], ["--sigma", "uniform:30,0"],
                       ["--epochs", "0"], ["--epochs", "x"], ["--batch-size", "0"], ["--seed", "-1"],
                       ["--base-lr", "nan"], ["--base-lr", "-1"], ["--task", "dae"],
                       ["--warmup-epochs", "-1"], ["--warmup-epochs", "nan"], ["--size", "giant"],
                       ["--flag-that-is-not"], ["--resume", "--overwrite"], ["--max-batch", "0"],
                       ["--seed", "1" + "0" * 20], ["--sigma", "1e300"],
-                      ["--epochs", "1" + "0" * 400], ["--base-lr", "1e300"]):
-            self.refused("pretrain", "--runs", new_folder(), *flags)
+                      ["--sigma", "50", "--task", "mim"], ["--epochs", "1" + "0" * 400],
+                      ["--base-lr", "1e300"], ["--runs", out],
+                      ["--workers", "-1"]):
+            self.refused("pretrain", "--out", out, *flags, says=flags[0])
+        source = ("--autoencoder", photo_autoencoder(), "--out", out)
         for flags in (["--adversarial", "-1/255"], ["--adversarial", "8/0"], ["--mode", "dirty"],
                       ["--max-mask-ratio", "1"], ["--max-mask-ratio", "-0.1"],
-                      ["--max-mask-ratio", "x"], ["--arch", "vgg"]):
-            self.refused("finetune", "--runs", new_folder(), *flags)
+                      ["--max-mask-ratio", "x"], ["--arch", "vgg"], ["--keep-visible"],
+                      ["--max-mask-ratio", "0.5"], ["--adversarial", "8"],
+                      ["--sigma", "5", "--mode", "clean"], ["--size", "huge"]):
+            self.refused("finetune", *source, *flags, says=flags[0])
         self.refused("finetune", "--mode", "dirty", says=("dirty", "de3", "clean", "no-denoise"))
         for flags in (["--from-scratch"], ["--arch", "resnet18"]):
-            self.refused("finetune", "--init", "x.pth", *flags, says="--init is for the ViT")
+            self.refused("finetune", *source, "--init", "x.pth", *flags, says="--init is for the ViT")
+        self.refused("finetune", *source, "--mode", "clean", "--from-scratch", says="--autoencoder")
+        mim = ("--autoencoder", photo_autoencoder("mim"), "--out", out)
+        self.refused("finetune", *mim, "--sigma", 50, says=("--sigma", "behind MIM"))
+        self.assertFalse((out / "checkpoint.pt").exists())
 
     def test_flags_of_evaluation(self):
-        runs, *_ = digits_runs()
+        classifier = photo_classifier()
         for flags in (["--eps", "8"], ["--eps", "-1/255"], ["--eps", "nan"], ["--eps", "8/x"],
                       ["--steps", "0"], ["--eot", "0"], ["--restarts", "0"], ["--images", "0"],
                       ["--attack", "cw"], ["--loss", "mse"], ["--norm", "l1"], ["--sigma", "-1"],
                       ["--mask-ratio", "1"], ["--mask-ratio", "-0.1"], ["--mask-ratio", "x"],
-                      ["--max-batch", "0"], ["--step-size", "-1"]):
-            self.refused("attack", "--runs", runs, *flags)
-        for flags in (["--votes", "0"], ["--eot", "0"], ["--steps", "0"], ["--split", "dev"]):
-            self.refused("defend", "--runs", runs, *flags)
+                      ["--max-batch", "0"], ["--step-size", "-1"], ["--step-size", "0"],
+                      ["--norm", "l2"], ["--mask-ratio", "0.5"], ["--threat", "black"], ["--runs", "x"],
+                      ["--classifier", "x"], ["--save", "x.npz"]):
+            self.refused("attack", classifier, *flags, says=flags[0])
+        for flags, words in ((["--threat", "gray"], "white-box"), (["--attack", "pgd"], "with +eot")):
+            self.refused("attack", classifier, *flags, "--eot", 4, says=("--eot", words))
+        self.refused("attack", classifier, "--defense", "jpeg:50", says=("jpeg", "de3, no-denoise, mim"))
+        for flags in (["--votes", "0"], ["--eot", "0"], ["--steps", "0"], ["--split", "dev"],
+                      ["--eps", "16"]):
+            self.refused("defend", "--run", classifier, *flags, says=flags[0])
         self.refused("attack", "--attack", "cw", says=("cw", "pgd+eot"))
-        self.refused("attack", "--runs", new_folder(), "--eps", 8, says="write 8/255")
+        self.refused("attack", classifier, "--eps", 8, says="write 8/255")
+        self.refused("defend", "--run", classifier, "--eps", 8, says="write 8/255")
 
-    def test_eps_above_one(self):
-        """8 instead of 8/255."""
-        self.refused("finetune", "--mode", "clean", "--from-scratch", "--adversarial", 8,
-                     *photo_flags(new_folder()), *training())
-        self.refused("defend", "--runs", digits_runs()[0], "--images", 5, "--eps", 16,
-                     says="write 8/255")
+    def test_small_sigma(self):
+        """Taken as it is, and said: the literature writes shares of the range."""
+        for text, said in (("0.25", "write 63.75"), ("0", ""), ("25", ""), ("uniform:0,0.5", "")):
+            result = run("pretrain", "--dry-run", "--sigma", text)
+            self.assertEqual(finished(result).out.count("8-bit units"), bool(said))
+            self.assertIn(said, result.out)
+        result = finished(run("attack", photo_classifier(), "--sigma", 0.25, "--images", 2, "--eps", 0,
+                              "--attack", "fgsm", "--out", new_folder()))
+        self.assertIn("write 63.75", result.out)
+        self.assertIn("De³ σ = 0.25", result.out)
 
     def test_device(self):
         for script in ("pretrain", "finetune", "defend", "attack"):
             for device in ("nonsense", "cuda:99", "meta"):
-                self.refused(script, "--device", device, "--runs", new_folder(), says=device)
+                self.refused(script, "--device", device, says=device)
 
     def test_missing_runs(self):
-        runs = new_folder()
-        flags = ("--runs", runs)
-        command = f"python pretrain.py --runs {runs}"
-        self.refused("finetune", *flags, says=(runs, "missing", command))
-        self.refused("finetune", *flags, "--seed", 3, says="python pretrain.py --seed 3 --runs")
-        for script in ("defend", "attack"):
-            self.refused(script, *flags, says=("missing", f"python finetune.py --runs {runs}"))
-            self.refused(script, *flags, "--classifier", runs / "none",
-                         says=("none/checkpoint.pt", "flags that the folder's name stands for"))
-        runs, _ = photo_runs()
-        self.refused("defend", *photo_flags(runs), says="python finetune.py")
+        """The folder that was looked for, and a command that makes it."""
+        folder = new_folder()
+        none = folder / "none"
+        self.refused("finetune", "--autoencoder", none,
+                     says=(none, "python pretrain.py", f"--out {none}"))
+        self.refused("attack", none, says=(none, f"python finetune.py --out {none}"))
+        self.refused("defend", "--run", none, says=(none, f"python finetune.py --out {none}"))
+        self.refused("attack", folder / "clean",
+                     says=f"finetune.py --mode clean --out {folder / 'clean'}")
+        self.refused("attack", photo_classifier("clean"), "--autoencoder", none,
+                     says=(none, "pretrain.py"))
+        self.refused("attack", photo_classifier("clean"), "--defense", "de3:50",
+                     says=("no autoencoder for De³", "--autoencoder RUN"))
 
     def test_damaged_checkpoints(self):
-        runs, source = photo_runs()
-        path, trace = source / "checkpoint.pt", runs / "trace"
-        flags = (*training(), *photo_flags(runs))
+        source = photo_runs()
+        path, trace = source / "checkpoint.pt", source.parent / "trace"
+        flags = ("--autoencoder", source, *training())
         whole = path.read_bytes()
         for content in (whole[:len(whole) // 2], b"", b"hello"):
             path.write_bytes(content)
             self.refused("finetune", *flags, says=path)
-            self.refused("pretrain", *flags, "--resume", says=path)
+            self.refused("pretrain", *photo_flags(), *training(), "--out", source, "--resume", says=path)
         for foreign in ({"model": {}}, RunsCode(trace), {"model": RunsCode(trace)}):
             torch.save(foreign, path)
             self.refused("finetune", *flags, says=path)
         self.assertFalse(trace.exists())
         checkpoint = torch.load(io.BytesIO(whole))
-        torch.save({**checkpoint, "config": {**checkpoint["config"], "embed_dim": 32}}, path)
-        self.refused("finetune", *flags, says=path)
-        torch.save({**checkpoint, "epochs": 5}, path)
-        self.refused("finetune", *flags, says=("unfinished", "--resume"))
+        for changes, words in [
+                (dict(config={**checkpoint["config"], "embed_dim": 32}), "does not fit this code"),
+                (dict(config={**checkpoint["config"], "new_option": 1}), "does not fit this code"),
+                (dict(model={**checkpoint["model"], "more": torch.zeros(2)}), "does not fit this code"),
+                (dict(model={**checkpoint["model"], "cls_token": torch.full((1, 1, 64), math.nan)}),
+                 "not finite"), (dict(epochs=5), ("unfinished", "--resume"))]:
+            torch.save({**checkpoint, **changes}, path)
+            self.refused("finetune", *flags, says=words)
 
     def test_wrong_kind(self):
-        runs, *_ = digits_runs()
-        source = runs / "digits/nim_gamma10-12"
-        self.refused("finetune", "--runs", new_folder(), "--autoencoder", source / "clean",
-                     says=("classifier", "autoencoder"))
-        self.refused("attack", "--runs", runs, "--classifier", source,
-                     says=("classifier", "autoencoder"))
-
-    def test_stale_autoencoder(self):
-        """Trained anew after the classifier was trained behind it."""
-        runs, source = photo_runs()
-        flags = photo_flags(runs)
-        finished(run("finetune", "--mode", "de3", *training(), *flags))
-        classifier = ("--classifier", source / "de3_uniform0-60", "--images", 3, "--steps", 1)
-        finished(run("defend", *classifier, *flags))
-        finished(run("pretrain", "--overwrite", *training(2), *flags))
-        for script in ("defend", "attack"):
-            self.refused(script, *classifier, *flags, says=("autoencoder", "--overwrite"))
+        for script, flags in (("finetune", ["--autoencoder", photo_classifier("clean")]),
+                              ("attack", [photo_autoencoder()]),
+                              ("defend", ["--run", photo_autoencoder()])):
+            self.refused(script, *flags, says=("classifier weights", "autoencoder weights"))
 
     def test_data_folder(self):
-        folder, runs = new_folder(), new_folder()
-        for script in ("pretrain", "finetune"):
-            extra = ("--mode", "clean", "--from-scratch") if script == "finetune" else ()
-            for name in ("missing", "empty"):
-                self.refused(script, *photo_flags(runs, folder / name), *extra, says=folder / name)
-                (folder / "empty" / "train").mkdir(parents=True, exist_ok=True)
-        (folder / "empty" / "train" / "red").mkdir()
-        self.refused("pretrain", *photo_flags(runs, folder / "empty"), says="red")
-
-    def test_classes(self):
-        other = copy_of_photos()
-        (other / "val" / "red").rename(other / "val" / "yellow")
-        runs = new_folder()
-        flags = ("--mode", "clean", "--from-scratch", *training())
-        self.refused("finetune", *flags, *photo_flags(runs, other), says="classes")
-        path, = finished(run("finetune", *flags, *photo_flags(runs))).wrote()
-        for script in ("defend", "attack"):
-            self.refused(script, "--classifier", path.parent, *photo_flags(runs, other),
-                         says="classes")
-
-    def test_unreadable_image(self):
-        """Named, with images loaded in this process and in a loading process."""
-        folder = copy_of_photos()
-        broken = folder / "train" / "red" / "broken.png"
-        whole = (photos() / "train/red/0.png").read_bytes()
-        for content, workers in ((b"no image", 0), (whole[:len(whole) // 2], 0), (b"no image", 1)):
-            broken.write_bytes(content)
-            self.refused("pretrain", *photo_flags(new_folder(), folder), *training(),
-                         "--workers", workers, says=broken)
-        self.refused("defend", broken, "--runs", digits_runs()[0], says=broken)
-        Image.fromarray(np.full((9, 9), 30000, np.uint16)).save(broken)
-        self.refused("defend", broken, "--runs", digits_runs()[0], says=(broken, "8 bits"))
-        self.refused("defend", "no.png", "--runs", digits_runs()[0], says="no.png")
+        folder, out = new_folder(), new_folder()
+        (folder / "empty" / "train" / "red").mkdir(parents=True)
+        for name, words in (("missing", folder / "missing" / "train"), ("empty", "red")):
+            self.refused("pretrain", *photo_flags(folder / name), "--out", out, says=words)
+            self.refused("finetune", "--mode", "clean", "--from-scratch", *photo_flags(folder / name),
+                         "--out", out, says=words)
+            self.refused("attack", photo_classifier(), "--data", folder / name, says=str(folder / name))
 
     def test_loss_that_is_not_finite(self):
         """Stops before anything is saved; what was saved before is kept."""
-        runs = new_folder()
-        flags = (*training(9, batch_size=24, warmup=1, base_lr=1e30), *photo_flags(runs))
-        assert_refused(run("pretrain", *flags), ("loss", "epoch 3", "--base-lr"))
-        path, = runs.rglob("checkpoint.pt")
-        self.assertEqual(torch.load(path)["epoch"], 2)
-        result = run("finetune", "--mode", "clean", "--from-scratch", *flags)
-        assert_refused(result, ("loss", "epoch", "--base-lr"))
+        out = new_folder()
+        flags = (*training(9, batch_size=24, warmup=1, base_lr=1e30), *photo_flags())
+        self.refused("pretrain", *flags, "--out", out / "nim", says=("loss", "epoch 3", "--base-lr"))
+        self.assertEqual(torch.load(out / "nim" / "checkpoint.pt")["epoch"], 2)
+        self.refused("finetune", "--mode", "clean", "--from-scratch", *flags, "--out", out / "clean",
+                     says=("loss", "epoch", "--base-lr"))
 
-    def test_mim_flags_without_mim(self):
-        runs, _ = photo_runs()
-        self.refused("finetune", "--keep-visible", *training(), *photo_flags(runs),
-                     says="--keep-visible")
+    def test_one_image_at_once(self):
+        """Batch norm cannot learn from it."""
+        for flags in (["--batch-size", 1], ["--batch-size", 8, "--max-batch", 1]):
+            self.refused("finetune", "--mode", "clean", "--arch", "resnet18", *photo_flags(),
+                         *training(), *flags, "--out", new_folder(), says=("at least 2 images", "--batch-size"))
+
+    def test_left_over_environment(self):
+        """A variable of torchrun's alone, as a cluster sets it, starts no group of processes."""
+        with mock.patch.dict(os.environ, LOCAL_RANK="3"):
+            finished(run("attack", photo_classifier("clean"), "--images", 3, "--eps", 0,
+                         "--attack", "fgsm", "--out", new_folder()))
 
     def test_results_that_cannot_be_written(self):
-        runs, target = digits_runs()[0], new_folder()
-        flags = ("--classifier", runs / "digits" / digits_names()[0], "--sigma", 0, "--images", 2,
-                 "--steps", 1, "--runs", target)
-        for script, name in (("attack", "attack.csv"), ("defend", "defend.png")):
-            (target / "digits" / name).mkdir(parents=True)
-            self.refused(script, *flags, says=name)
+        out = new_folder()
+        flags = ("--sigma", 0, "--images", 2, "--steps", 1, "--out", out)
+        for name in ("attack.csv", "defend.png"):
+            (out / name).mkdir()
+        self.refused("attack", photo_classifier(), *flags, says="attack.csv")
+        self.refused("defend", "--run", photo_classifier(), *flags, says="defend.png")
 
     def test_real_process(self):
-        running = process("attack", "--runs", new_folder(), "--classifier", "none")
+        folder = new_folder()
+        running = process("attack", folder / "none")
         out, err = running.communicate()
-        assert_refused(Result(running.returncode, out, err), "none/checkpoint.pt")
+        assert_refused(Result(running.returncode, out, err), folder / "none")
+
+
+if __name__ == "__main__":
+    unittest.main()

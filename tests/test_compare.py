@@ -1,213 +1,428 @@
-"""The comparison of all defenses: what is missing, the readings, the table, the plot."""
+"""The comparison of all defenses: what is missing, the readings, what is measured again; the plot."""
 
+import argparse
+import contextlib
+import copy
 import csv
 import importlib.util
+import io
+import re
 import shlex
+import shutil
 import sys
 import unittest
-from argparse import Namespace
+from pathlib import Path
 from unittest import mock
 
 import torch
+from PIL import Image
 
-from model import De3
+from model import De3, NoiseOnly
 from studies import compare, plot, tables
-from support import checkpoints, evaluation, weights
-from tests.helpers import (assert_picture, assert_refused, digits_runs, finished, linear_on_digits,
-                           new_folder, photo_flags, photos, read_csv, run, small_autoencoder,
-                           small_classifier, training)
+from support import run as run_module
+from tests.helpers import (assert_picture, assert_refused, copy_of_photos, finished, linear_on_digits,
+                           new_folder, photos, read_csv, run, small_autoencoder, training)
+
+SMALL = tables.Table({"nim": "--sigma 75", "mim": "--task mim"}, [
+    tables.Entry("undefended", "clean", "--mode clean"),
+    tables.Entry("De³", "de3", "--sigma uniform:0,30", defenses=("de3:0", "de3:40")),
+    tables.Entry("MIM", "de3_mim", "", "mim", ("mim:0.5",)),
+    tables.Entry("off the shelf", "clean", "--mode clean", defenses=("de3:20",), in_front="nim"),
+], images=6, l2=1.0)
+CELLS = [("undefended", "off"), ("De³", "σ = 0"), ("De³", "σ = 40"), ("MIM", "mask 0.5"),
+         ("off the shelf", "σ = 20")]
 
 
-class TestCompare(unittest.TestCase):
-    def test_missing_models(self):
-        """Every run that is missing, by the command that makes it, each once."""
-        folder, *_ = digits_runs()
-        result = run("studies.compare", "--seeds", 0, 1, "--runs", folder)
-        assert_refused(result, ("python pretrain.py --sigma 120 --runs", "--seed 1",
-                                "--adversarial 16/255", "--keep-visible"))
-        self.assertEqual(result.err.count("python "), 3 + 4 + 6 + 8)
+class WithSmallTable(unittest.TestCase):
+    """A table of four defenses for the photos, and a folder of runs made by the commands it names."""
 
-    def small_table(self):
-        """A table of three defenses for the photos, while the test lasts."""
-        nim, mim = {"sigma": "75"}, {"task": "mim"}
-        table = [tables.Entry("undefended", nim, {"mode": "clean"}),
-                 tables.Entry("De³", nim, {"mode": "de3", "sigma": "uniform:0,30"}, (0, 40)),
-                 tables.Entry("MIM", mim, {"mode": "de3", "keep-visible": True}, mask_ratios=(0.5,))]
-        table = tables.Table(table, images=6, l2=1.0)
-        patch = mock.patch.dict(tables.TABLES, {str(photos()): table})
+    @classmethod
+    def setUpClass(cls):
+        patch = mock.patch.dict(tables.TABLES, small=SMALL)
         patch.start()
-        self.addCleanup(patch.stop)
+        cls.addClassCleanup(patch.stop)
 
-    def test_script(self):
-        """The commands it names make what it misses; what it measured once is not measured again."""
-        self.small_table()
-        folder = new_folder() / "my runs"
-        flags = (*photo_flags(folder), "--steps", 1, "--eot", 2)
-        refused = run("studies.compare", *flags)
-        assert_refused(refused, "models are missing")
-        commands = [shlex.split(words) for words in refused.err.partition("with: ")[2].split("&&")]
-        self.assertEqual(len(commands), 2 + 3)
-        for _, script, *words in commands:
-            self.assertIn("--size tiny", shlex.join(words))
-            finished(run(script.removesuffix(".py"), *words, "--workers", 0, *training()))
-        result = finished(run("studies.compare", *flags))
-        rows = read_csv(folder / "photos/compare.csv")
-        self.assertEqual([(row["defense"], row["level"]) for row in rows],
-                         [("undefended", "off"), ("De³", "σ = 0"), ("De³", "σ = 40"),
-                          ("MIM", "mask 0.5")])
-        for row in rows:
-            measured = float(row["ten_tries"]), float(row["one_shot"]), float(row["clean"])
-            self.assertTrue(0 <= measured[0] <= measured[1] <= 100 and 0 <= measured[2] <= 100, row)
-            self.assertEqual(row["noise_known"] == "", row["level"] == "mask 0.5")
-            self.assertRegex(result.out, rf"\n{row['defense']} +{row['level']} +{row['clean'][:-1]} ")
-        with mock.patch.object(compare, "measure", side_effect=AssertionError):
-            again = finished(run("studies.compare", *flags))
-        self.assertEqual(again.out.partition("\n6 test")[2], result.out.partition("\n6 test")[2])
+    def setUp(self):
+        self.folder = new_folder() / "runs"
 
-    def test_color(self):
-        """A folder of small images has the table of cifar10; its own flags can be changed."""
-        folder = new_folder()
-        refused = run("studies.compare", "--data", photos(), "--runs", folder)
-        assert_refused(refused, ("pretrain.py --sigma gamma:10,8", "--adversarial 4/255",
-                                 "--mode de3 --sigma uniform:50,150", "--mode no-denoise"))
-        self.assertEqual(refused.err.count("python "), 2 + 6)
-        with mock.patch("sys.argv", ["compare.py", "--data", "cifar10", "--images", "7"]):
-            args, _ = compare.arguments()
-        self.assertEqual((args.images, args.eps, args.l2), (7, 4 / 255, 0))
+    def compare(self, *flags, folder=None, dataset=None):
+        return run("studies.compare", "small", "--data", dataset or photos(),
+                   "--at", folder or self.folder, "--steps", 1, "--eot", 2, "--workers", 0, *flags)
 
-    def fake(self, name, module, function):
-        """Replace a function while the test lasts."""
-        patch = mock.patch.object(module, name, function)
-        self.addCleanup(patch.stop)
-        return patch.start()
+    def commands(self, refused):
+        """What the sentence says is to be run: a list of lists of words."""
+        return [shlex.split(words) for words in refused.err.strip().partition("with: ")[2].split("&&")]
 
-    def without_models(self):
-        """Models that only say their seed, for a comparison that measures nothing; the folder."""
-        def load_model(source, kind, device, args):
-            classifier = small_classifier(image_size=32)
-            classifier.seed = int(source.name.endswith("_seed1"))
-            mode = source.name.partition("_")[0]
-            return classifier, dict(mode=mode, keep_visible=False, classes=None,
-                                    config=dict(image_size=32, num_classes=10))
-        autoencoder = small_autoencoder(image_size=32)
-        self.fake("load_model", weights, load_model)
-        self.fake("load_autoencoder", evaluation, lambda *_: (autoencoder, {}, ""))
-        self.fake("missing_commands", compare, lambda *_: [])
-        return new_folder() / "a folder"
+    def runs(self):
+        """The runs of the table, made once, in a folder of this test's own."""
+        if not hasattr(WithSmallTable, "made"):
+            WithSmallTable.made = new_folder() / "made"
+            refused = self.compare(folder=WithSmallTable.made)
+            for _, script, *words in self.commands(refused):
+                size = ["--size", "tiny"] if script == "pretrain.py" else []
+                finished(run(script.removesuffix(".py"), *words, *size, "--workers", 0, *training()))
+        shutil.copytree(WithSmallTable.made, self.folder)
+        return self.folder
 
-    def measured(self, de3, *_):
-        """Figures that grow with the seed."""
-        seed = de3.classifier.seed
-        return dict(clean=90 + seed, no_eot=50 + 2 * seed, one_shot=40 + 2 * seed)
+    def measured(self, *flags, **where):
+        """The cells that a comparison with these flags measures, in their order."""
+        cells, figures = [], dict.fromkeys(compare.MEASURED, 50.0)
+
+        def measure(model, *_):
+            cells.append(getattr(model, "level", "off"))
+            return figures
+        with mock.patch.object(compare, "measure", measure):
+            finished(self.compare(*flags, **where))
+        return cells
+
+
+class TestCompare(WithSmallTable):
+    def test_missing_runs(self):
+        """Each run that is missing, by the command that makes it, once, in the order to run them."""
+        nim, mim = self.folder / "nim", self.folder / "mim"
+        where = ["--data", str(photos())]
+        expected = [
+            ["pretrain.py", "--sigma", "75", *where, "--out", str(nim)],
+            ["finetune.py", "--autoencoder", str(nim), "--mode", "clean",
+             "--out", str(self.folder / "clean")],
+            ["finetune.py", "--autoencoder", str(nim), "--sigma", "uniform:0,30", "--out",
+             str(self.folder / "de3")],
+            ["pretrain.py", "--task", "mim", *where, "--out", str(mim)],
+            ["finetune.py", "--autoencoder", str(mim), "--out", str(self.folder / "de3_mim")]]
+        refused = self.compare()
+        assert_refused(refused, "runs are missing")
+        self.assertEqual(self.commands(refused), [["python", *words] for words in expected])
+        self.assertEqual(self.commands(self.compare("--only", "MIM")),
+                         [["python", *words] for words in expected[3:]])
+        seeds = self.commands(self.compare("--seeds", 0, 3))
+        self.assertEqual(len(seeds), 10)
+        self.assertEqual(seeds[5], ["python", "pretrain.py", "--sigma", "75", *where, "--seed", "3",
+                                    "--out", str(self.folder / "seed3" / "nim")])
+        (self.runs() / "de3" / "checkpoint.pt").unlink()
+        self.assertEqual(self.commands(self.compare()), [["python", *expected[2]]])
+        assert_refused(self.compare("--only", "JPEG"), ("no JPEG", "undefended; De³; MIM"))
+
+    def test_missing_runs_of_the_tables(self):
+        refused = run("studies.compare", "--at", self.folder, "--seeds", 0, 1)
+        assert_refused(refused,
+                       ("python pretrain.py --sigma 120 --out", "pretrain.py --task mim --seed 1",
+                                 "--adversarial 16/255", "--keep-visible", "--sigma uniform:0,30"))
+        self.assertEqual(len(self.commands(refused)), 2 * (4 + 8))
+        refused = run("studies.compare", "color", "--data", photos(), "--at", self.folder)
+        assert_refused(refused, (f"--data {photos()}", "--adversarial 4/255", "--sigma uniform:50,150"))
+        self.assertEqual(len(self.commands(refused)), 2 + 7)
+
+    def test_folders_with_spaces(self):
+        """The commands can be pasted into a shell."""
+        commands = tables.missing_commands(SMALL, SMALL.entries, Path("my runs"), [0], "my photos")
+        for words in map(shlex.split, commands):
+            self.assertIn(str(Path("my runs") / words[-1].split("/")[-1]), words)
+            if words[1] == "pretrain.py":
+                self.assertIn("my photos", words)
+
+    def test_run_put_in_front_is_needed(self):
+        """Also where no classifier of the table starts from it."""
+        entry = tables.Entry("shelf", "clean", "--mode clean", defenses=("de3:20",), in_front="mim")
+        commands = tables.missing_commands(SMALL, [entry], Path("runs"), [0], "digits")
+        self.assertIn("python pretrain.py --task mim --out runs/mim", commands)
 
     def test_table(self):
-        """Mean and standard deviation over seeds, of each defense at each level."""
-        folder = self.without_models()
-        with mock.patch.object(compare, "measure", side_effect=self.measured) as calls:
-            result = finished(run("studies.compare", "--seeds", 0, 1, "--runs", folder))
-        entries = tables.TABLES["digits"].entries
-        levels = sum(len(entry.sigmas) * len(entry.mask_ratios) for entry in entries)
-        self.assertEqual(calls.call_count, 2 * levels)
-        for level in ("undefended +off", "De³ +σ = 100", "MIM, whole output +mask 0.5"):
-            figures = "90.5 ± 0.7 +41.0 ± 1.4 +41.0 ± 1.4 +- +- +51.0 ± 1.4 "
-            self.assertRegex(result.out, rf"\n{level} +{figures}")
+        """Every reading of every cell, in the file and on the screen; the second time from the file."""
+        self.runs()
+        result = finished(self.compare())
+        rows = read_csv(self.folder / "compare.csv")
+        self.assertEqual([(row["defense"], row["level"]) for row in rows], CELLS)
+        for row in rows:
+            for name in ("clean", "gray_box", "no_eot", "one_shot", "ten_tries", "l2", "l2_twice"):
+                self.assertTrue(0 <= float(row[name]) <= 100, (name, row))
+            self.assertLessEqual(float(row["ten_tries"]), float(row["one_shot"]))
+            self.assertEqual(row["noise_known"] == "", row["level"] == "mask 0.5")
+            made = {"De³": "de3", "MIM": "de3_mim"}.get(row["defense"], "clean")
+            self.assertEqual(row["run"], (self.folder / made).as_posix())
+            self.assertEqual((row["data"], row["commit"], row["images"]),
+                             (str(photos()), run_module.commit(), "6"))
+            self.assertRegex(result.out, rf"\n{row['defense']} +{row['level']} +{row['clean'][:-1]} ")
+        with mock.patch.object(compare, "measure", side_effect=AssertionError):
+            again = finished(self.compare())
+        self.assertEqual(again.out.partition("\n6 test")[2], result.out.partition("\n6 test")[2])
+        self.assertEqual(read_csv(self.folder / "compare.csv"), rows)
+
+    def test_means_over_seeds(self):
+        """Mean and standard deviation, of each defense at each level."""
+        shutil.copytree(self.runs(), self.folder / "seed1")
+        figures = [dict(clean=90 + seed, no_eot=50 + 2 * seed, one_shot=40 + 2 * seed)
+                   for seed in (0, 1)]
+        with mock.patch.object(compare, "measure", side_effect=figures):
+            result = finished(self.compare("--only", "undefended", "--seeds", 0, 1))
+        heading, row = [re.split("  +", line.strip()) for line in result.out.splitlines()
+                        if line.strip().startswith(("level", "undefended "))]
+        found = dict(zip(heading, row[1:]))
+        self.assertEqual((row[0], found["level"]), ("undefended", "off"))
+        names = ("clean", "worst", "no eot", "one shot", "gray box", "l2")
+        self.assertEqual([found[name] for name in names],
+                         ["90.5 ± 0.7", "41.0 ± 1.4", "51.0 ± 1.4", "41.0 ± 1.4", "-", "-"])
 
     def test_cut_short(self):
-        """What was measured before is kept; other weights are measured anew."""
-        folder, calls = self.without_models(), []
+        """What was measured before is kept, and the rest is measured."""
+        self.runs()
+        figures = dict.fromkeys(compare.MEASURED, 50.0)
+        with mock.patch.object(compare, "measure", side_effect=[figures, figures, KeyboardInterrupt]):
+            self.assertEqual(self.compare().code, 130)
+        self.assertEqual(self.measured(), ["σ = 40", "mask 0.5", "σ = 20"])
+        self.assertEqual(len(read_csv(self.folder / "compare.csv")), 5)
 
-        def cut_short(de3, *_):
-            calls.append(de3)
-            if len(calls) == 4:
-                raise KeyboardInterrupt
-            return self.measured(de3)
-        self.fake("measure", compare, cut_short)
-        flags = ("--runs", folder)
-        self.assertEqual(run("studies.compare", *flags).code, 130)
-        finished(run("studies.compare", *flags))
-        levels = len(read_csv(folder / "digits/compare.csv"))
-        self.assertEqual(len(calls), levels + 1)
-        finished(run("studies.compare", *flags))
-        self.assertEqual(len(calls), levels + 1)
-        finished(run("studies.compare", *flags, "--eps", "8/255"))
-        self.assertEqual(len(calls), 2 * levels + 1)
-        self.fake("fingerprint", checkpoints, lambda model: "other")
-        finished(run("studies.compare", *flags))
-        self.assertEqual(len(calls), 3 * levels + 1)
-        self.assertEqual(len(read_csv(folder / "digits/compare.csv")), 3 * levels)
+    def edit(self, name, part=()):
+        """Change one weight of a run, or of the autoencoder in it."""
+        path = self.folder / name / "checkpoint.pt"
+        checkpoint = changed = torch.load(path)
+        for key in part:
+            changed = changed[key]
+        changed["model"]["cls_token"] += 1
+        torch.save(checkpoint, path)
+
+    def test_other_weights(self):
+        """Those of the classifier, of the autoencoder alone, and of the one put in front of it."""
+        self.runs()
+        everything = ["off", "σ = 0", "σ = 40", "mask 0.5", "σ = 20"]
+        self.assertEqual(self.measured(), everything)
+        self.assertEqual(self.measured(), [])
+        for name, part, again in [("de3", ("autoencoder",), ["σ = 0", "σ = 40"]),
+                                  ("de3_mim", (), ["mask 0.5"]),
+                                  ("nim", (), ["σ = 20"]), ("clean", (), ["off", "σ = 20"])]:
+            with self.subTest(name, part=part):
+                self.edit(name, part)
+                self.assertEqual(self.measured(), again)
+                self.assertEqual(self.measured(), [])
+
+    def test_other_code(self):
+        """An edited file that decides a cell, though no weight changed; also of a class by itself."""
+        self.runs()
+        self.measured()
+        with mock.patch.object(run_module, "digests", lambda files: dict.fromkeys(files, "edited")):
+            self.assertEqual(len(self.measured()), 5)
+            self.assertEqual(len(self.measured()), 0)
+        self.assertEqual(len(self.measured()), 0)
+
+    def test_other_images(self):
+        """The pixels count, not the folder's name."""
+        self.runs()
+        self.measured()
+        other = copy_of_photos()
+        self.assertEqual(len(self.measured(dataset=other)), 0)
+        path = other / "val" / "red" / "0.png"
+        with Image.open(path) as image:
+            image.putpixel((3, 4), (1, 2, 3))
+            image.save(path)
+        self.assertEqual(len(self.measured(dataset=other)), 5)
+        self.assertEqual(len(self.measured(dataset=other)), 0)
+        self.assertEqual(len(self.measured()), 0)
+
+    def test_other_settings(self):
+        self.runs()
+        one = ("--only", "undefended")
+        self.measured(*one)
+        for flags in (["--eps", "8/255"], ["--l2", 2], ["--steps", 2], ["--eot", 3], ["--images", 7],
+                      ["--seed", 1], ["--bf16"], ["--split", "val"]):
+            with self.subTest(flags):
+                self.assertEqual(len(self.measured(*one, *flags)), 1)
+                self.assertEqual(len(self.measured(*one, *flags)), 0)
+
+    def test_table_of_an_earlier_layout(self):
+        """A row that lacks a column says nothing of it: measured anew, and the old row is kept."""
+        self.runs()
+        self.measured()
+        path = self.folder / "compare.csv"
+        rows = [{name: row[name] for name in row if name != "code"} for row in read_csv(path)]
+        with open(path, "w", newline="", encoding="utf-8-sig") as file:
+            table = csv.DictWriter(file, list(rows[0]))
+            table.writeheader()
+            table.writerows(rows)
+        self.assertEqual(len(self.measured()), 5)
+        self.assertEqual([row["code"] == "" for row in read_csv(path)], [True] * 5 + [False] * 5)
 
     def test_refuses(self):
-        folder = self.without_models()
-        flags = photo_flags(folder, new_folder())
-        assert_refused(run("studies.compare", *flags), "there is no table of")
-        (folder / "digits").mkdir(parents=True)
-        (folder / "digits/compare.csv").write_text("a,b\n1,2\n")
-        assert_refused(run("studies.compare", "--runs", folder), "compare.csv is not a table")
-        self.assertEqual((folder / "digits/compare.csv").read_text(), "a,b\n1,2\n")
-        words = ",".join(["much"] * len(compare.FIELDS))
-        (folder / "digits/compare.csv").write_text(",".join(compare.FIELDS) + f"\n{words}\n")
-        assert_refused(run("studies.compare", "--runs", folder), "compare.csv is damaged near line 2")
+        path = self.runs() / "compare.csv"
+        for content, words in (("a;b\n1;2\n", "separated by commas"),
+                               ("defense,clean\nDe³,much\n", "could not convert string to float")):
+            path.write_text(content)
+            assert_refused(self.compare(), ("compare.csv is not a table", words))
+            self.assertEqual(path.read_text(), content)
+        for flags in (["--seeds", -1], ["--eps", 8], ["--only"], ["--norm", "l2"]):
+            assert_refused(self.compare(*flags), flags[0])
+        assert_refused(run("studies.compare", "much"), "much")
 
-    def readings(self, de3):
+
+class TestReadings(unittest.TestCase):
+    def readings(self, model):
         """What `measure` finds for a defense of the linear classifier, on 40 digits."""
         _, (images, labels) = linear_on_digits()
-        args = Namespace(steps=5, eot=4, eps=0.05, l2=0.5, seed=0, max_batch=256)
         batches = [(images[:20], labels[:20]), (images[20:40], labels[20:40])]
-        return compare.measure(de3, batches, args, lambda text: None)
+        return compare.measure(model, batches, eps=0.05, l2=0.5, steps=5, eot=4, seed=0, max_batch=256)
 
     def test_readings(self):
         """Stricter readings are lower; where nothing is random they are one."""
         model, _ = linear_on_digits()
-        found = self.readings(De3(None, model, 100))
+        found = self.readings(NoiseOnly(None, model, 100))
         self.assertLess(found["ten_tries"], found["one_shot"])
         self.assertLess(found["clean_ten_tries"], found["clean"])
         self.assertLess(found["one_shot"], found["clean"] - 10)
         self.assertLess(found["noise_known"], found["one_shot"] + 5)
         self.assertLess(found["one_shot"], found["no_eot"] + 5)
+        self.assertLess(found["one_shot"], found["gray_box"] + 5)
         self.assertLess(found["l2"], found["clean"])
         self.assertLess(found["l2_twice"], found["l2"])
-        for de3 in (De3(None, model, None), De3(None, model, 0)):
-            found = self.readings(de3)
+        for defense in (model, NoiseOnly(None, model, 0)):
+            found = self.readings(defense)
             robust = {found[name] for name in ("no_eot", "one_shot", "ten_tries", "noise_known")}
             clean = {found[name] for name in ("clean", "clean_ten_tries", "clean_noise_known")}
             self.assertEqual((len(robust), len(clean)), (1, 1))
             self.assertLess(*robust, *clean)
 
+    def test_gray_box(self):
+        """PGD on the classifier alone, scored through the defense; without a defense it is white-box."""
+        model, (images, labels) = linear_on_digits()
+        defense = De3(small_autoencoder(image_size=32).eval(), model, 20)
+        with mock.patch.object(compare, "pgd", wraps=compare.pgd) as attacks:
+            found = compare.measure(defense, [(images[:8], labels[:8])], 0.05, 0, 2, 2, 0, 256)
+        gray = [call for call in attacks.call_args_list if call.args[0] is model]
+        self.assertEqual(len(gray), 1)
+        self.assertEqual(gray[0].kwargs.get("eot", 1), 1)
+        self.assertEqual({"gray_box", "one_shot"} & found.keys(), {"gray_box", "one_shot"})
+        self.assertNotIn("l2", found)
+        found = self.readings(model)
+        self.assertEqual(found["gray_box"], found["one_shot"])
+
     def test_known_noise_is_the_same_for_all_images(self):
         """And the attacker's: each of three noises is drawn once, fixed, and attacked without EOT."""
         model, (images, labels) = linear_on_digits()
+        defense = NoiseOnly(None, model, 100)
         with mock.patch.object(compare, "pgd", wraps=compare.pgd) as attacks:
-            compare.with_known_noise(De3(None, model, 100), images[:5], labels[:5], 0.05, 4, 256)
+            compare.with_known_noise(defense, images[:5], labels[:5], 0.05, 4, 256)
         noises = [call.args[0].noise for call in attacks.call_args_list]
         self.assertEqual([noise.shape for noise in noises], [images[0].shape] * compare.KNOWN_NOISES)
         self.assertFalse(torch.equal(noises[0], noises[1]))
         for call in attacks.call_args_list:
             self.assertFalse(call.args[0].is_random)
             self.assertEqual((call.args[4], call.kwargs.get("eot", 1)), (8, 1))
+        self.assertIsNone(defense.noise)  # the defense itself stays random
+
+
+def attack_row(words="De³ σ = 50", attack="pgd+eot", robust="40", **changes):
+    """A row of attack.csv."""
+    level = words[words.index("σ"):] if "σ" in words else "mask 0.5" if "mask" in words else "off"
+    row = dict(defense=words, run="runs/de3", level=level, attack=attack, norm="linf", eps="0.0627451",
+               steps="20", step_size="0.00784314", restarts="1", eot="8" if "eot" in attack else "1",
+               loss="ce", threat="white", reading="one shot", draws="5", data="digits", split="test",
+               images="80", pixels="abc", seed="0", precision="fp32", clean_accuracy="90.0",
+               robust_accuracy=robust, seconds="1.0", weights="w", code="c", commit="d8e")
+    return {**row, **changes}
+
+
+ATTACKED = [attack_row("undefended", "fgsm", "60", step_size="0.06"),
+            attack_row("undefended", "pgd", "20"),
+            attack_row("De³ σ = 0", "pgd", "30"), attack_row("De³ σ = 50", "pgd", "50"), attack_row()]
+POINTS = {"undefended": {"off": [(90, 20)]}, "De³": {"σ = 0": [(90, 30)], "σ = 50": [(90, 40)]}}
+
+
+def compared_row(words="De³", level="σ = 50", seed="0", one_shot="40", **changes):
+    """A row of compare.csv."""
+    row = dict(defense=words, level=level, seed=seed, run="runs/de3", data="digits", split="test",
+               images="100", pixels="abc", norm="linf", eps="0.0627451", l2_radius="1", steps="20",
+               eot="8", attack_seed="0", precision="fp32", weights="w" + seed, code="c", commit="d8e",
+               clean="90.0", gray_box="80", no_eot="50", one_shot=one_shot, ten_tries="20",
+               noise_known="30")
+    return {**row, **changes}
 
 
 class TestPlot(unittest.TestCase):
-    ATTACK = [dict(defense=words, sigma=sigma, attack=attack, eps=eps, images="80", split="test",
-                   steps="20", clean_accuracy="90.0", robust_accuracy=robust)
-              for words, sigma, attack, eps, robust in [
-                  ("undefended", "", "pgd", "0.03", "60"), ("undefended", "", "pgd", "0.06", "20"),
-                  ("De³ σ = 0", "0.0", "fgsm", "0.06", "55"),
-                  ("De³ σ = 0", "0.0", "pgd", "0.06", "30"),
-                  ("De³ σ = 50", "50.0", "pgd", "0.06", "50"),
-                  ("De³ σ = 50", "50.0", "pgd+eot", "0.06", "40")]]
+    def choose(self, rows, attack=None, eps=None, threat=None):
+        """(the points of the rows that are drawn, the title, what is printed of those left out)."""
+        args = argparse.Namespace(attack=attack, eps=eps, threat=threat, against_clean=False)
+        with contextlib.redirect_stdout(io.StringIO()) as out:
+            chosen = plot.choose_rows(copy.deepcopy(rows), args)
+        return plot.points_of(chosen, ("one_shot",)), plot.title_of(chosen, args), out.getvalue()
 
-    def test_points_of_attack(self):
-        """The largest eps; under EOT where nothing else is honest; one curve over sigma."""
-        self.assertEqual(plot.points_of_attack(self.ATTACK), {
-            "undefended": {"off": [(90, 20)]}, "De³": {"σ = 0": [(90, 30)], "σ = 50": [(90, 40)]}})
+    def test_one_attack(self):
+        """With EOT where nothing else is honest; one curve over sigma; FGSM is another attack."""
+        points, title, printed = self.choose(ATTACKED)
+        self.assertEqual(points, POINTS)
+        self.assertEqual(title, "80 test images, PGD-20, EOT 8, 16/255, one seed")
+        self.assertRegex(printed, "left out: 1 rows whose step_size is not 0.00784314\n")
+        self.assertRegex(printed, "left out: 1 rows .*without EOT beside one with it\n")
+        points, title, _ = self.choose(ATTACKED, attack="fgsm")
+        self.assertEqual(points, {"undefended": {"off": [(90, 60)]}})
+        self.assertIn("FGSM", title)
 
-    def test_points_of_comparison(self):
-        rows = [dict(defense="De³", level="σ = 100", seed=seed, clean="90", one_shot=value)
-                for seed, value in (("0", "40"), ("1", "50"))]
-        self.assertEqual(plot.points_of_comparison(rows), {"De³": {"σ = 100": [(90, 40), (90, 50)]}})
-        rows = [{**row, "ten_tries": "20", "noise_known": ""} for row in rows]
-        self.assertEqual(plot.points_of_comparison(rows, plot.READINGS),
-                         {"De³": {"σ = 100": [(90, 20), (90, 20)]}})
+    def test_other_rows_are_left_out(self):
+        """Whatever makes them another attack, other images, or other code: one by one, and counted."""
+        for name, value in [
+                ("threat", "gray"), ("step_size", "0.001"), ("seed", "1"), ("code", "other"),
+                ("eps", "0.0313725"), ("norm", "l2"), ("steps", "100"), ("loss", "ce+margin"),
+                ("restarts", "3"), ("pixels", "other"), ("images", "20"), ("data", "cifar10"),
+                ("split", "val"), ("precision", "bf16"), ("attack", "fgsm")]:
+            with self.subTest(name):
+                others = [{**row, name: value, "robust_accuracy": "77", "clean_accuracy": "77"}
+                          for row in ATTACKED[1:]]
+                points, _, printed = self.choose(others + ATTACKED)
+                self.assertEqual(points, POINTS)
+                number = dict(seed=3, step_size=5).get(name, 4)  # 3: without EOT no more; 5: FGSM, too
+                self.assertRegex(printed, rf"left out: {number} rows .*{name}")
+                expected = {defense: {level: [(77, 77)] for level in levels}
+                            for defense, levels in POINTS.items()}
+                self.assertEqual(self.choose(ATTACKED + others)[0], expected)
+
+    def test_chosen_by_flags(self):
+        """--attack, --eps and --threat; the attack's name is that of its rows with EOT, too."""
+        gray = [{**row, "threat": "gray", "robust_accuracy": "77"} for row in ATTACKED]
+        weak = [{**row, "eps": "0.0313725", "robust_accuracy": "88"} for row in ATTACKED]
+        rows = gray + weak + ATTACKED
+        self.assertEqual(self.choose(rows, threat="gray")[0]["De³"]["σ = 50"], [(90, 77)])
+        self.assertIn("gray-box PGD", self.choose(rows, threat="gray")[1])
+        points, title, _ = self.choose(rows, eps=8 / 255)
+        self.assertEqual(points["undefended"]["off"], [(90, 88)])
+        self.assertIn("8/255", title)
+        self.assertEqual(self.choose(rows, attack="pgd")[0], POINTS)
+        with self.assertRaisesRegex(ValueError, "no row of that attack"):
+            self.choose(rows, eps=0.5)
+
+    def test_measured_again(self):
+        """The latest row of each defense counts; masking has no sigma."""
+        again = attack_row(robust="44", weights="other")
+        mim = attack_row("MIM mask 0.5", robust="1")
+        points, _, printed = self.choose([*ATTACKED, mim, again])
+        self.assertEqual(points["De³"]["σ = 50"], [(90, 44)])
+        self.assertIn("left out: 1 rows of masking", printed)
+
+    def test_comparison(self):
+        """One point for each seed; the three readings, or one of them."""
+        rows = [compared_row(seed=seed, one_shot=value) for seed, value in (("0", "40"), ("1", "50"))]
+        points, title, printed = self.choose(rows)
+        self.assertEqual(points, {"De³": {"σ = 50": [(90, 40), (90, 50)]}})
+        self.assertEqual(title, "100 test images, PGD-20, EOT 8, 16/255, mean ± deviation of 2 seeds")
+        self.assertEqual(printed, "")
+        self.assertEqual(plot.points_of(rows, plot.READINGS), {"De³": {"σ = 50": [(90, 20), (90, 20)]}})
+        without = [compared_row(ten_tries="", noise_known="")]
+        self.assertEqual(plot.points_of(without, plot.READINGS), {"De³": {"σ = 50": [(90, 40)]}})
+
+    def test_comparison_measured_again(self):
+        """Other code, weights, images or settings: the latest alone, no mean with the earlier ones."""
+        for name, value in [("code", "other"), ("weights", "other"), ("eot", "32"), ("attack_seed", "1"),
+                            ("pixels", "other"), ("l2_radius", "2"), ("steps", "40"), ("eps", "0.03")]:
+            with self.subTest(name):
+                old = [compared_row(seed=seed, one_shot="7", **{name: value}) for seed in "01"]
+                points, title, printed = self.choose([*old, compared_row(), compared_row(seed="1")])
+                self.assertEqual(points, {"De³": {"σ = 50": [(90, 40), (90, 40)]}})
+                self.assertIn("EOT 8", title)
+                self.assertIn("left out: 2 rows", printed)
+
+    def test_seeds(self):
+        """Of the attack in attack.csv, of the training in compare.csv."""
+        rows = [{**row, "seed": seed, "robust_accuracy": robust}
+                for seed, robust in (("0", "10"), ("1", "20")) for row in ATTACKED[1:]]
+        points, title, printed = self.choose(rows)
+        self.assertEqual(points["De³"], {"σ = 0": [(90, 20)], "σ = 50": [(90, 20)]})
+        self.assertIn("one seed", title)
+        self.assertIn("another seed of the attack than 1", printed)
 
     def save(self, rows):
         """The rows as a table; its path."""
@@ -225,12 +440,9 @@ class TestPlot(unittest.TestCase):
 
     @unittest.skipUnless(importlib.util.find_spec("matplotlib"), "matplotlib is not installed")
     def test_script(self):
-        comparison = [dict(defense=name, level=level, seed=seed, images="100", split="test",
-                           eps="0.06", steps="20", eot="8", clean="90", one_shot=seed + "5",
-                           ten_tries=seed + "3", noise_known="")
-                      for seed in "12" for name, level in (
-                          ("undefended", "off"), ("De³", "σ = 0"), ("De³", "σ = 100"))]
-        for rows in (self.ATTACK, comparison):
+        compared = [compared_row(name, level, seed, seed + "5") for seed in "12" for name, level in
+                    (("undefended", "off"), ("De³", "σ = 0"), ("De³", "σ = 100"))]
+        for rows in (ATTACKED, compared):
             path = self.save(rows)
             finished(run("studies.plot", "--table", path))
             assert_picture(path.with_name("tradeoff.png"))
@@ -238,23 +450,22 @@ class TestPlot(unittest.TestCase):
         assert_picture(path.with_name("other.png"))
         finished(run("studies.plot", "--table", path, "--against-clean"))
         assert_picture(path.with_name("tradeoff.png"))
-        refused = run("studies.plot", "--table", self.save(self.ATTACK), "--against-clean")
+        refused = run("studies.plot", "--table", self.save(ATTACKED), "--against-clean")
         assert_refused(refused, "give it a compare.csv")
+        assert_refused(run("studies.plot", "--table", self.save(ATTACKED[:2])), "fewer than two sigmas")
 
     def test_refuses(self):
         folder = new_folder()
         assert_refused(run("studies.plot", "--table", folder / "none.csv"), "none.csv")
-        assert_refused(run("studies.plot", "--table", self.save([{"a": 1}])), "is no table of")
-        no_number = [{**row, "robust_accuracy": "much"} for row in self.ATTACK]
+        assert_refused(run("studies.plot", "--table", self.save([{"a": 1, "b": 2}])), "is no table of")
+        no_number = [{**row, "robust_accuracy": "much"} for row in ATTACKED]
         assert_refused(run("studies.plot", "--table", self.save(no_number)), "is damaged")
         binary = folder / "binary.csv"
         binary.write_bytes(b"\xff\xfe\0")
-        assert_refused(run("studies.plot", "--table", binary), "is damaged")
-        without = mock.patch.dict(sys.modules, {"matplotlib.figure": None})
-        with without:
-            assert_refused(run("studies.plot", "--table", self.save(self.ATTACK)), "pip install")
+        assert_refused(run("studies.plot", "--table", binary), "binary.csv")
+        with mock.patch.dict(sys.modules, {"matplotlib.figure": None}):
+            assert_refused(run("studies.plot", "--table", self.save(ATTACKED)), "pip install")
 
-    @unittest.skipUnless(importlib.util.find_spec("matplotlib"), "matplotlib is not installed")
-    def test_needs_two_sigmas(self):
-        refused = run("studies.plot", "--table", self.save(self.ATTACK[:2]))
-        assert_refused(refused, "fewer than two sigmas")
+
+if __name__ == "__main__":
+    unittest.main()

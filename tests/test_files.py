@@ -3,16 +3,15 @@
 import multiprocessing
 import os
 import signal
-import stat
 import unittest
 from unittest import mock
 
 from model import UserError
-from support import evaluation, files, runs, training
-from tests.helpers import (assert_refused, digits_names, digits_runs, in_processes, new_folder,
-                           read_csv, run)
-
-FIELDS = ("name", "value")
+from support import report, training
+from support import run as run_module
+from tests.helpers import (assert_refused, finished, in_processes, new_folder, photo_classifier,
+                           photo_flags, read_csv, run)
+from tests.helpers import training as training_flags
 
 
 class TestWriteWhole(unittest.TestCase):
@@ -22,35 +21,29 @@ class TestWriteWhole(unittest.TestCase):
 
         def write(letter):
             for _ in range(20):
-                files.write_whole(path, lambda file: file.write(letter * 10**6))
+                run_module.write_whole(path, lambda file: file.write(letter * 10**6))
         self.assertEqual(in_processes(write, (b"a",), (b"b",)), [0, 0])
         self.assertIn(path.read_bytes(), (b"a" * 10**6, b"b" * 10**6))
         self.assertEqual(list(path.parent.iterdir()), [path])
 
-    def test_interrupted(self):
-        """Ctrl-C keeps the old file, and leaves no half one."""
+    def test_failed(self):
+        """A full disk, or Ctrl-C, keeps the old file, and leaves no half one that takes up the room."""
         path = new_folder() / "log.csv"
         path.write_text("old")
-        with mock.patch("os.fsync", side_effect=KeyboardInterrupt):
-            with self.assertRaises(KeyboardInterrupt):
-                files.write_whole(path, lambda file: file.write(b"new"))
-        self.assertEqual((path.read_text(), list(path.parent.iterdir())), ("old", [path]))
-
-    def test_reaches_the_disk(self):
-        """The file is flushed, and then the folder with its new name."""
-        flushed, fsync = [], os.fsync
-
-        def noted(descriptor):
-            flushed.append(stat.S_ISDIR(os.fstat(descriptor).st_mode))
-            fsync(descriptor)
-        with mock.patch("os.fsync", noted):
-            files.write_whole(new_folder() / "file", lambda file: file.write(b"new"))
-        self.assertEqual(flushed, [False, True])
+        for error, expected in ((OSError("No space left on device"), UserError),
+                                (KeyboardInterrupt(), KeyboardInterrupt)):
+            for step in ("os.replace", "pathlib.Path.write_bytes"):
+                with self.subTest(step, error=error), mock.patch(step, side_effect=error), \
+                        self.assertRaisesRegex(expected, "No space left|^$"):
+                    run_module.write_whole(path, lambda file: file.write(b"new"))
+                self.assertEqual((path.read_text(), list(path.parent.iterdir())), ("old", [path]))
+        run_module.write_whole(path, lambda file: file.write(b"new"))
+        self.assertEqual(path.read_text(), "new")
 
     def test_others_may_read_it(self):
         """As any file that is written here: the temporary name does not make it private."""
         folder = new_folder()
-        files.write_whole(folder / "result", lambda file: file.write(b"1"))
+        run_module.write_whole(folder / "result", lambda file: file.write(b"1"))
         (folder / "plain").write_bytes(b"1")
         self.assertEqual((folder / "result").stat().st_mode, (folder / "plain").stat().st_mode)
 
@@ -59,80 +52,74 @@ class TestTables(unittest.TestCase):
     def setUp(self):
         self.path = new_folder() / "new" / "table.csv"
 
+    def write(self, content):
+        run_module.write_whole(self.path, lambda file: file.write(content))
+
     def test_round_trip(self):
         rows = [{"name": "De³, σ = 50", "value": ""}, {"name": 'two\nlines, "quoted"', "value": "1"}]
-        self.assertEqual(files.read_table(self.path, FIELDS), [])
-        files.write_table(self.path, FIELDS, rows)
-        self.assertEqual(files.read_table(self.path, FIELDS), rows)
-        files.append_row(self.path, FIELDS, {"name": "last"})
-        self.assertEqual(files.read_table(self.path, FIELDS), [*rows, {"name": "last", "value": ""}])
+        self.assertEqual(report.read_table(self.path), [])
+        report.write_table(self.path, ["name", "value"], rows)
+        self.assertEqual(report.read_table(self.path, numbers=["value"]), rows)
+        report.append_row(self.path, {"name": "last"})
+        self.assertEqual(report.read_table(self.path), [*rows, {"name": "last", "value": ""}])
 
-    def test_last_line_without_its_end(self):
-        files.write_whole(self.path, lambda file: file.write(b"name,value\na,1\nb,2"))
-        files.append_row(self.path, FIELDS, {"name": "c", "value": "3"})
-        self.assertEqual(self.path.read_text().splitlines(), ["name,value", "a,1", "b,2", "c,3"])
+    def test_other_columns(self):
+        """A new one stands behind the old ones, empty in old rows; an old one stays."""
+        self.write(b"name,old\na,1\nb,2")  # without the end of its last line
+        report.append_row(self.path, {"new": "x", "name": "c"})
+        report.append_row(self.path, {"name": "d", "old": 4})
+        self.assertEqual(self.path.read_text().splitlines(),
+                         ["name,old,new", "a,1,", "b,2,", "c,,x", "d,4,"])
+
+    def test_spreadsheet(self):
+        """With the mark that a spreadsheet program puts in front; columns that a row lacks are empty."""
+        self.write("\ufeffname,value\nDe³\n".encode())
+        self.assertEqual(report.read_table(self.path, numbers=["value"]), [{"name": "De³", "value": ""}])
 
     def test_damaged(self):
-        """Refused, with the line, and left as it is."""
-        for content, words in [(b"a,b\n1,2\n", "not a table of name ... value"),
-                               (b"name,value\na,1\nb\n", "line 3"), (b"name,value\na,1\nb", "line 3"),
-                               (b"name,value\na,1,2\nb,1\n", "line 2"),
-                               (b"name,value\na,1\n\xff,1\n", "near line 2 .*repair"),
-                               (b"\xff\xfe", "damaged .*utf-8"),
-                               (b'name,value\na,"1\nb,2\n', "near line 3 .*repair")]:
+        """Refused, and left as it is."""
+        for content in (b"name;value\na;1\n", b"name,value\na,1,2\nb,1\n", b"name,value\n\xff,1\n",
+                        b"\xff\xfe", b'name,value\na,"1\nb,2\n', b"\x00\x01\x02"):
             with self.subTest(content):
-                files.write_whole(self.path, lambda file: file.write(content))
-                for act in (files.read_table, files.append_row):
-                    with self.assertRaisesRegex(UserError, words) as refusal:
-                        act(self.path, FIELDS, *([{}] if act is files.append_row else []))
+                self.write(content)
+                for act in (report.read_table, lambda path: report.append_row(path, {"name": "c"})):
+                    with self.assertRaisesRegex(UserError, "repair it, or move it away") as refusal:
+                        act(self.path)
                     self.assertEqual(len(str(refusal.exception).splitlines()), 1)
                 self.assertEqual(self.path.read_bytes(), content)
+        self.write(b"name,value\na,1\nb,much\n")
+        with self.assertRaisesRegex(UserError, "much"):
+            report.read_table(self.path, numbers=["value"])
 
     def test_several_append(self):
         """No row is lost."""
         def append(letter):
             for number in range(15):
-                files.append_row(self.path, FIELDS, {"name": letter, "value": number})
+                report.append_row(self.path, {"name": letter, "value": number})
         self.assertEqual(in_processes(append, ("a",), ("b",), ("c",)), [0, 0, 0])
         found = {(row["name"], row["value"]) for row in read_csv(self.path)}
         self.assertEqual(found, {(letter, str(number)) for letter in "abc" for number in range(15)})
 
-    def test_log(self):
-        """A log of other columns, or with a damaged row, is named and kept; before the training."""
-        folder, flags = new_folder(), ("--epochs", 2, "--warmup-epochs", 1, "--runs")
-        log = folder / "digits" / "nim_gamma10-12" / "log.csv"
-        no_training = mock.patch.object(training, "EpochLog", side_effect=AssertionError)
-        for content in ("epoch,loss\n1,2\n", ",".join(runs.LOG_FIELDS) + "\n1,0.5\n"):
-            files.write_whole(log, lambda file: file.write(content.encode()))
-            with no_training:
-                assert_refused(run("pretrain", *flags, folder), log)
-            files.write_whole(self.path, lambda file: file.write(content.encode()))
-            with self.assertRaisesRegex(UserError, str(self.path)):
-                training.write_log_row(self.path, {"epoch": 2})
-            self.assertEqual(self.path.read_text(), content)
-
     def test_attack_table_is_checked_first(self):
         """Before a single gradient is computed."""
-        made, *_ = digits_runs()
-        classifier = made / "digits" / digits_names()[0]
-        flags = ("--classifier", classifier, "--sigma", 0, "--images", 2, "--steps", 1, "--runs")
-        folder, no_attack = new_folder(), mock.patch("attack.pgd", side_effect=AssertionError)
-        (folder / "digits").mkdir()
-        table = folder / "digits" / "attack.csv"
-        table.write_text(",".join(evaluation.FIELDS) + "\nDe³,1\n", encoding="utf-8")
-        with no_attack:
-            assert_refused(run("attack", *flags, folder), ("line 2", table))
-            table.write_text("a,b\n")
-            assert_refused(run("attack", *flags, folder), ("not a table", table))
-            assert_refused(run("attack", *flags, table), (table, "--runs"))  # no folder at all
+        flags = ("attack", photo_classifier("clean"), "--images", 2, "--steps", 1, "--out")
+        folder = new_folder()
+        table = folder / "attack.csv"
+        with mock.patch("attack.attack_batches", side_effect=AssertionError):
+            table.write_text("a,b\n1,2,3\n")
+            assert_refused(run(*flags, folder), ("more fields", table))
+            assert_refused(run(*flags, table), table)  # no folder at all
+            table.unlink()
+            table.mkdir()
+            assert_refused(run(*flags, folder), table)
 
 
 class TestLocks(unittest.TestCase):
-    def hold(self, folder):
+    def take(self, folder, wait=False):
         """In a process of its own: exit code 3 where another has the folder."""
         def attempt():
             try:
-                files.hold_folder(folder)
+                run_module.take_lock(folder / ".lock", wait)
             except UserError as refusal:
                 sentence = f"another process is training in {folder}: "
                 os._exit(3 if str(refusal).startswith(sentence) else 4)
@@ -141,11 +128,13 @@ class TestLocks(unittest.TestCase):
     def test_one_process_at_a_time(self):
         """The same process may train twice in a folder."""
         folder = new_folder() / "run"
-        self.assertEqual(self.hold(folder), 0)
-        files.hold_folder(folder)
-        files.hold_folder(folder)
-        self.assertEqual(self.hold(folder), 3)
-        self.assertEqual(self.hold(new_folder()), 0)
+        self.assertEqual(self.take(folder), 0)
+        locks = [run_module.take_lock(folder / ".lock", wait=False) for _ in range(2)]
+        self.assertEqual(self.take(folder), 3)
+        self.assertEqual(self.take(new_folder()), 0)
+        for lock in locks:
+            lock.close()
+        self.assertEqual(self.take(folder), 0)
 
     def test_killed(self):
         """Its lock is free at once, also while a process that it started (to load images) lives on."""
@@ -153,43 +142,37 @@ class TestLocks(unittest.TestCase):
         ready, loader = fork.Event(), fork.Value("i")
 
         def train():
-            files.hold_folder(folder)
+            lock = run_module.take_lock(folder / ".lock", wait=False)
             number = os.fork()
             if number:  # not in the loading process
                 loader.value = number
                 ready.set()
             signal.pause()
+            lock.close()
         running = fork.Process(target=train)
         running.start()
+        self.addCleanup(running.kill)
         self.assertTrue(ready.wait(30))
-        self.assertEqual(self.hold(folder), 3)
+        self.addCleanup(os.kill, loader.value, signal.SIGKILL)
+        self.assertEqual(self.take(folder), 3)
         running.kill()
         running.join()
-        self.assertEqual(self.hold(folder), 0)
-        os.kill(loader.value, signal.SIGKILL)
+        self.assertEqual(self.take(folder), 0)
 
     def test_without_locks(self):
         """Windows has none; nothing else changes."""
         folder = new_folder() / "run"
-        with mock.patch.object(files, "fcntl", None):
-            files.hold_folder(folder)
-            files.append_row(folder / "table.csv", FIELDS, {"name": "a"})
-        self.assertEqual(self.hold(folder), 0)
-
-    def test_leftovers(self):
-        """Half files of killed runs are removed, others are not touched."""
-        folder = new_folder()
-        for name in (".checkpoint.pt.0123.tmp", "checkpoint.pt", ".hidden", "x.tmp"):
-            (folder / name).write_bytes(b"half")
-        files.hold_folder(folder)
-        kept = sorted(path.name for path in folder.iterdir())
-        self.assertEqual(kept, [".hidden", ".lock", "checkpoint.pt", "x.tmp"])
+        with mock.patch.object(run_module, "fcntl", None):
+            run_module.take_lock(folder / ".lock", wait=False).close()
+            report.append_row(folder / "table.csv", {"name": "a", "value": 1})
+            finished(run("pretrain", *training_flags(), *photo_flags(), "--out", folder))
+        self.assertEqual(read_csv(folder / "table.csv"), [{"name": "a", "value": "1"}])
 
     def test_unwritable(self):
         """Told before anything is trained."""
-        no_training = mock.patch.object(training, "EpochLog", side_effect=AssertionError)
         a_file = new_folder() / "file"
         a_file.write_text("in the way")
-        with no_training:
+        with mock.patch.object(training, "EpochLog", side_effect=AssertionError):
             for script, *flags in (["pretrain"], ["finetune", "--mode", "clean", "--from-scratch"]):
-                assert_refused(run(script, *flags, "--runs", a_file), (a_file, "choose another --runs"))
+                for out in (a_file, a_file / "run", "/proc/nowhere/run"):
+                    assert_refused(run(script, *flags, "--out", out), (out, "choose another --out"))

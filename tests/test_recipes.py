@@ -52,29 +52,26 @@ class TestRecipes(unittest.TestCase):
             self.assertEqual(config["image_size"], 224)
 
     def test_sigmas(self):
-        paper = data.DEFAULTS["FOLDER"]
-        self.assertEqual(NoiseScale.parse(paper["pretrain_sigma"]), NoiseScale("gamma", 25, 3))
-        self.assertEqual(NoiseScale.parse(paper["finetune_sigma"]), NoiseScale("uniform", 0, 30))
+        """Of photographs, the paper's; they are trained at its size."""
+        paper = data.PAPER
+        self.assertEqual(NoiseScale.parse(paper["pretrain_sigma"]), NoiseScale("gamma", (25, 3)))
+        self.assertEqual(NoiseScale.parse(paper["finetune_sigma"]), NoiseScale("uniform", (0, 30)))
+        self.assertEqual((paper["size"], paper["eps"]), ("base", 4 / 255))
 
     def test_optimizers(self):
         """AdamW's betas; lr = base lr x batch/256; the last one is 0, in fine-tuning 1e-6."""
-        runs = new_folder()
-        flags = ("--runs", runs, "--epochs", 1, "--batch-size", 512, "--max-batch", 512)
-        for stage, betas, final in (("pretrain", (0.9, 0.95), 0.0), ("finetune", (0.9, 0.999), 1e-6)):
+        folder = new_folder()
+        flags = ("--epochs", 1, "--batch-size", 512, "--max-batch", 512, "--base-lr", 0.01)
+        for stage, where, betas, final in [
+                ("pretrain", ("--out", folder / "nim"), (0.9, 0.95), 0.0),
+                ("finetune", ("--autoencoder", folder / "nim"), (0.9, 0.999), 1e-6)]:
             with mock.patch("torch.optim.AdamW", wraps=torch.optim.AdamW) as optimizer, \
                     mock.patch.object(training, "learning_rate", return_value=1e-6) as schedule:
-                finished(run(stage, *flags, "--base-lr", 0.01))
+                finished(run(stage, *where, *flags))
             self.assertEqual(optimizer.call_args.kwargs["betas"], betas)
             call = schedule.call_args
             self.assertAlmostEqual(call.args[3], 0.02)
-            self.assertEqual(call.kwargs.get("final", call.args[-1]), final)
-
-    def test_micro_batches(self):
-        """As few as fit, of one size; what is left over is left out."""
-        for batch_size, max_batch, images, expected in [
-                (257, 256, 1000, (256, 2, 3)), (512, 256, 1000, (512, 2, 1)),
-                (32, 256, 100, (32, 1, 3)), (100, 33, 100, (100, 4, 1)), (64, 256, 40, (40, 1, 1))]:
-            self.assertEqual(training.plan_batches(batch_size, max_batch, images), expected)
+            self.assertEqual(call.kwargs["final"], final)
 
 
 class TestAugmentation(unittest.TestCase):

@@ -1,59 +1,100 @@
-"""Weights that come along: half-precision copies, and the stages that fall back on them."""
+"""Weights that come along: half-precision copies of runs, and the stages on such a folder."""
 
+import shutil
 import unittest
-from pathlib import Path
-from unittest import mock
 
 import torch
 
-from support import checkpoints, runs
-from tests.helpers import (assert_near, assert_refused, digits_runs, finished, new_folder, photos,
-                           read_csv, run)
+from studies import ship
+from support import run as run_module
+from tests.helpers import (REPOSITORY, assert_near, assert_refused, digits_runs, finished, new_folder,
+                           photo_autoencoder, photo_classifier, photos, read_csv, run)
 
 
 class TestShip(unittest.TestCase):
+    NAMES = ("nim", "de3", "clean")
+
     @classmethod
     def setUpClass(cls):
-        own, _, finetuned = digits_runs()
-        cls.own, cls.classifiers = own, [path.parent for path in finetuned.wrote()]
-        cls.assets = new_folder()
-        cls.shipped = finished(run("studies.ship", "--out", cls.assets / "digits", "--classifier",
-                                   *cls.classifiers)).wrote()
+        cls.own, _ = digits_runs()
+        cls.assets = new_folder() / "digits"
+        runs = [cls.own / name for name in cls.NAMES]
+        cls.result = finished(run("studies.ship", *runs, "--out", cls.assets))
 
     def test_copies(self):
-        """Half the bytes, rounded weights, the new fingerprint, no folder of the machine."""
-        self.assertEqual(len(self.shipped), 3)
-        copied, _ = checkpoints.load_finished(self.shipped[0].parent, "autoencoder")
-        trained, _ = checkpoints.load_finished(self.classifiers[0].parent, "autoencoder")
-        for name, value in trained.state_dict().items():
-            assert_near(copied.state_dict()[name], value, atol=1e-6, rtol=1e-3)
-        self.assertNotEqual(checkpoints.fingerprint(copied), checkpoints.fingerprint(trained))
-        for path in self.shipped:
-            original = self.own / "digits" / path.relative_to(self.assets / "digits")
-            self.assertLess(path.stat().st_size, original.stat().st_size / 4)  # it held AdamW's too
-            checkpoint = torch.load(path, weights_only=True)
-            self.assertNotIn("optimizer", checkpoint)
-            self.assertNotIn(str(self.own), str({**checkpoint, "model": None}))
-        settings = torch.load(self.shipped[1])["settings"]
-        self.assertEqual(settings["autoencoder"], checkpoints.fingerprint(copied))
+        """Half the bytes, rounded weights, no optimizer, and no folder of the machine."""
+        for name in self.NAMES:
+            path, original = (folder / name / "checkpoint.pt" for folder in (self.assets, self.own))
+            self.assertIn(f"wrote {path}", self.result.out)
+            self.assertLess(path.stat().st_size, original.stat().st_size / 3)  # it held AdamW's too
+            halved, whole = torch.load(path, weights_only=True), torch.load(original)
+            for kept, made in [(halved, whole)] + [(halved["autoencoder"], whole["autoencoder"])
+                                                   for _ in range(name == "de3")]:
+                self.assertNotIn("optimizer", kept)
+                for weight, value in made["model"].items():
+                    self.assertEqual(kept["model"][weight].dtype, torch.float16)
+                    assert_near(kept["model"][weight].float(), value, atol=1e-6, rtol=1e-3)
+                self.assertNotIn(str(self.own), str({**kept, "model": None, "autoencoder": None}))
+        model, _ = run_module.load(self.assets / "de3", "classifier")
+        self.assertEqual({value.dtype for value in model.state_dict().values()}, {torch.float32})
+
+    def test_folders_of_the_machine(self):
+        """A data set in a folder is called as the assets are; commands keep last names only."""
+        target = new_folder() / "cifar10"
+        finished(run("studies.ship", photo_classifier(), "--out", target))
+        checkpoint = torch.load(target / "de3" / "checkpoint.pt")
+        for part in (checkpoint, checkpoint["autoencoder"]):
+            self.assertEqual((part["data"]["name"], part["settings"]["data"]), ("cifar10", "cifar10"))
+            self.assertNotIn(str(photos().parent), str({**part, "model": None, "autoencoder": None}))
+            self.assertIn("--epochs", part["made_by"][0]["command"])
+        trained = torch.load(photo_classifier() / "checkpoint.pt")
+        trained["settings"]["init"] = "/home/me/weights.pth"
+        self.assertNotIn("/home", str(ship.halve(trained, "cifar10")["settings"]))
+        for command in ("python finetune.py --data /home/me/photos --init /home/me/w.pth",
+                        "python finetune.py --out=/home/me/runs/de3"):
+            self.assertNotIn("/home", ship.without_folders(command))
 
     def test_stages(self):
-        """Without a run of one's own they are used, in one line; the accuracies stay."""
+        """A copy of the folder is a whole defense; the accuracies stay, and nothing is written to it."""
+        copied = new_folder() / "elsewhere" / "renamed"
+        shutil.copytree(self.assets / "de3", copied)
+        before, photo = set(copied.rglob("*")), next(photos().glob("val/*/*"))
         flags = ("--images", 60, "--steps", 2, "--attack", "pgd")
-        finished(run("attack", "--runs", self.own, *flags))
-        trained = read_csv(self.own / "digits/attack.csv")[-2:]
-        elsewhere = new_folder()
-        before, photo = set(self.assets.rglob("*")), next(photos().glob("val/*/*"))
-        with mock.patch.object(runs, "ASSETS", self.assets):
-            self.assertNotIn("come along", finished(run("defend", "--runs", self.own, photo)).out)
-            result = finished(run("attack", "--runs", elsewhere, *flags))
-            self.assertEqual(result.out.count("weights that come along"), 1)
-            labelled = finished(run("defend", photo, "--runs", elsewhere))
-            self.assertIn(f"{photo}", labelled.out)
-            self.assertTrue(list(Path(elsewhere).glob("digits/purified/**/*.png")))
-            finished(run("studies.certify", "--runs", elsewhere, "--images", 2, "--n", 10))
-            self.assertEqual(set(self.assets.rglob("*")), before)
-            assert_refused(run("attack", "--runs", elsewhere, "--seed", 5, *flags), "is missing")
-        for row, old in zip(read_csv(elsewhere / "digits/attack.csv")[-2:], trained):
-            self.assertEqual(row["defense"], old["defense"])
-            self.assertAlmostEqual(float(row["clean_accuracy"]), float(old["clean_accuracy"]), delta=5)
+        found = []
+        for folder in (self.own / "de3", copied):
+            out = new_folder()
+            finished(run("attack", folder, *flags, "--out", out))
+            found.append(read_csv(out / "attack.csv"))
+            finished(run("defend", photo, "--run", folder, "--out", out))
+            self.assertTrue(list(out.glob("purified/*.png")))
+            finished(run("studies.certify", folder, "--sigma", 50, "--images", 2, "--n", 10, "--out",
+                         out))
+        self.assertEqual(set(copied.rglob("*")), before)
+        for trained, row in zip(*found):
+            self.assertEqual((row["defense"], row["attack"]), (trained["defense"], trained["attack"]))
+            self.assertAlmostEqual(float(row["clean_accuracy"]), float(trained["clean_accuracy"]),
+                                   delta=5)
+            self.assertNotEqual(row["weights"], trained["weights"])
+
+    def test_refuses(self):
+        """What is no finished run, and to train a copy further, by what is missing."""
+        assert_refused(run("studies.ship", new_folder() / "none", "--out", new_folder()), "holds no run")
+        source = photo_autoencoder() / "checkpoint.pt"
+        unfinished = new_folder() / "nim"
+        unfinished.mkdir()
+        torch.save({**torch.load(source), "epochs": 9}, unfinished / "checkpoint.pt")
+        assert_refused(run("studies.ship", unfinished, "--out", new_folder()),
+                       ("unfinished", "--resume"))
+
+    def test_weights_that_come_along(self):
+        """Those of assets/ label a photograph."""
+        out, photo = new_folder(), photos() / "val" / "red" / "0.png"
+        for name, words in (("de3", "De³ σ = 50"), ("clean", "undefended"),
+                            ("adversarial", "adversarial")):
+            result = finished(run("defend", photo, "--run", REPOSITORY / "assets/cifar10" / name,
+                                  "--out", out))
+            self.assertRegex(result.out, rf"{words}.*: [a-z]+ \([\d.]+%\)")
+
+
+if __name__ == "__main__":
+    unittest.main()

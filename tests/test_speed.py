@@ -104,7 +104,7 @@ class TestTable(unittest.TestCase):
     def test_script(self):
         """All rows, with positive figures; our models are compiled if that is asked for."""
         for flags, precisions in (("--no-bf16 --compile", ["fp32"]), ("--bf16", ["fp32", "bf16"])):
-            with mock.patch("support.cli.compile_models") as compile_models:
+            with mock.patch.object(speed, "compile_models") as compile_models:
                 out = finished(run("studies.speed", *SHORT, *flags.split())).out
             self.assertEqual(compile_models.called, "--compile" in flags)
             self.assertEqual(re.findall(r"^matrix product, .*, (\w+): +\d", out, re.M), precisions)

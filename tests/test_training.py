@@ -1,20 +1,29 @@
 """What both training stages share: the schedule, AdamW's groups, batches, precision, the log."""
 
+import argparse
 import contextlib
 import io
 import math
-import subprocess
-import sys
 import unittest
 from unittest import mock
 
 import torch
 from torch import nn
+from torch.utils.data import TensorDataset
 
+import finetune
+import pretrain
 from model import UserError
-from support import cli, runs, training
-from tests.helpers import (REPOSITORY, assert_near, assert_refused, finished, new_folder, photo_flags,
-                           photo_runs, read_csv, run, small_autoencoder, small_classifier)
+from support import cli, data, training
+from tests.helpers import (assert_near, assert_refused, finished, new_folder, photo_autoencoder,
+                           photo_flags, run, small_autoencoder, small_classifier)
+
+
+def plan(batch_size, max_batch, images):
+    """(images of a batch, its micro-batches, steps of an epoch)."""
+    dataset = TensorDataset(torch.zeros(images, 1))
+    batches = data.TrainingBatches(dataset, batch_size, max_batch, 0, 0, "cpu")
+    return batches.batch, batches.micro_batches, batches.steps
 
 
 class TestTraining(unittest.TestCase):
@@ -31,15 +40,15 @@ class TestTraining(unittest.TestCase):
 
     def test_warmup_is_a_share_of_the_epochs(self):
         """--epochs alone is enough; a warm-up as long as the training is refused."""
-        runs, _ = photo_runs()
-        for script, epochs, warmup in (("pretrain", 5, "0.5"), ("finetune", 6, "0.5")):
-            flags = (*photo_flags(runs), "--epochs", epochs, "--overwrite")
-            result = finished(run(script, *flags, "--dry-run"))
-            self.assertIn(f"epochs          {epochs}, {warmup} of them warm-up", result.out)
-            refused = run(script, *flags, "--warmup-epochs", epochs)
+        flags = {"pretrain": photo_flags(), "finetune": ("--autoencoder", photo_autoencoder())}
+        for script, epochs in (("pretrain", 5), ("finetune", 6)):
+            common = (*flags[script], "--epochs", epochs, "--out", new_folder())
+            result = finished(run(script, *common, "--dry-run"))
+            share = pretrain.RECIPES["tiny"] if script == "pretrain" else finetune.RECIPES["tiny"]
+            warmup = epochs * share["warmup_share"]
+            self.assertIn(f"epochs          {epochs}, {warmup:g} of them warm-up", result.out)
+            refused = run(script, *common, "--warmup-epochs", epochs)
             assert_refused(refused, (f"{epochs} epochs", "fewer --warmup-epochs"))
-        for script in ("pretrain", "finetune"):
-            finished(run(script, *photo_flags(runs), "--epochs", 5, "--overwrite"))
 
     def test_parameter_groups(self):
         classifier, found = small_classifier(), {}
@@ -72,13 +81,15 @@ class TestTraining(unittest.TestCase):
         assert_near(torch.stack(layers).detach(), torch.tensor([1 - 0.6, 1 - 0.15]))
 
     def test_plan_of_batches(self):
-        """As few equal micro-batches as fit; a batch no larger than the data set."""
-        for given, expected in [((32, 256, 1000), (32, 1, 31)), ((32, 10, 1000), (32, 4, 31)),
-                                ((32, 256, 20), (20, 1, 1)), ((7, 3, 70), (6, 3, 11))]:
-            self.assertEqual(training.plan_batches(*given), expected)
-        with mock.patch.object(cli, "process_count", return_value=3):
-            self.assertEqual(training.plan_batches(32, 5, 100), (30, 2, 3))
-            self.assertRaises(UserError, training.plan_batches, 2, 5, 100)
+        """As few micro-batches of one size as fit; a batch no larger than the data set."""
+        for given, expected in [
+                ((32, 256, 1000), (32, 1, 31)), ((32, 10, 1000), (32, 4, 31)),
+                ((32, 256, 20), (20, 1, 1)), ((7, 3, 70), (6, 3, 11)), ((257, 256, 1000), (256, 2, 3)),
+                ((512, 256, 1000), (512, 2, 1)), ((100, 33, 100), (100, 4, 1))]:
+            self.assertEqual(plan(*given), expected)
+        with mock.patch.object(cli, "world_size", return_value=3):
+            self.assertEqual(plan(32, 5, 100), (30, 2, 3))
+            self.assertRaises(UserError, plan, 2, 5, 100)
 
     def test_autocast(self):
         """bfloat16 where it is asked for."""
@@ -87,52 +98,26 @@ class TestTraining(unittest.TestCase):
             with cli.autocast(bf16, torch.device("cpu")):
                 self.assertEqual(product().dtype, expected)
 
-    def test_slow_bf16_is_told(self):
-        """Once, where it is asked for and slower; whatever the script."""
-        self.addCleanup(cli.note_slow_bf16.cache_clear)
-        for bf16, faster, lines in ((True, False, 1), (True, True, 0), (False, False, 0)):
-            cli.note_slow_bf16.cache_clear()
-            with mock.patch.object(cli, "bf16_is_faster", return_value=faster), \
-                    contextlib.redirect_stdout(io.StringIO()) as out:
-                for _ in range(3):
-                    cli.autocast(bf16, torch.device("cpu"))
-            self.assertEqual(out.getvalue().count("slower than float32"), lines)
+    def apply_recipe(self, recipe, device="cpu", **given):
+        """The arguments that a recipe makes of those given."""
+        open_ones = dict.fromkeys(["epochs", "warmup_epochs", "max_batch", "seed", "bf16"])
+        args = argparse.Namespace(**{**open_ones, "size": "tiny", **given})
+        cli.apply_recipe(args, dict(epochs=10, warmup_share=0.1, **recipe), torch.device(device))
+        return args
 
     def test_training_precision(self):
-        """As --bf16 says; else on a GPU, and on a CPU where it is faster, but not for the digits."""
-        cpu, gpu = torch.device("cpu"), torch.device("cuda")
-        for faster in (True, False):
-            with mock.patch.object(cli, "bf16_is_faster", return_value=faster):
-                self.assertTrue(cli.training_precision(None, gpu, "tiny"))
-                self.assertFalse(cli.training_precision(False, gpu, "base"))
-                self.assertEqual(cli.training_precision(None, cpu, "small"), faster)
-                self.assertFalse(cli.training_precision(None, cpu, "tiny"))
-                self.assertTrue(cli.training_precision(True, cpu, "tiny"))
+        """As --bf16 says; else bfloat16 on a GPU and nowhere else: no clock decides."""
+        for bf16, device, expected in [(None, "cpu", False), (None, "cuda", True), (True, "cpu", True),
+                                       (False, "cuda", False)]:
+            self.assertIs(self.apply_recipe({}, device, bf16=bf16).bf16, expected)
 
-    def test_bf16_is_timed(self):
-        """Faster means clearly faster: under 0.8 of float32's time."""
-        for bf16_ends, faster in ((1.5, True), (1.9, False), (3.0, False)):
-            cli.bf16_is_faster.cache_clear()
-            with mock.patch("time.perf_counter", side_effect=[0.0, 1.0, 1.0, bf16_ends]):
-                self.assertEqual(cli.bf16_is_faster(), faster)
-        cli.bf16_is_faster.cache_clear()
-
-
-class TestMemory(unittest.TestCase):
-    @unittest.skipUnless(sys.platform == "linux", "glibc is asked")
-    def test_freed_memory_is_kept(self):
-        """The same tensors need next to no new pages of the system in the sixth step, say."""
-        program = ("import resource, torch; from support import cli; cli.open_device('cpu')\n"
-                   "def new_pages():\n"
-                   "    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n"
-                   "    torch.ones(2**24)\n"
-                   "    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before\n"
-                   "print(*[new_pages() for step in range(6)])")
-        printed = subprocess.run([sys.executable, "-c", program], cwd=REPOSITORY, text=True,
-                                 capture_output=True, check=True).stdout
-        pages = [int(number) for number in printed.split()]
-        self.assertGreater(pages[0], 1000)
-        self.assertLess(pages[-1], 100)
+    def test_recipe_fills_in_what_is_open(self):
+        """A flag that was given stays; what has no flag shows in the settings, too."""
+        args = self.apply_recipe(dict(drop_path=0.2))
+        self.assertEqual((args.epochs, args.warmup_epochs, args.max_batch, args.seed, args.drop_path),
+                         (10, 1, 256, 0, 0.2))
+        args = self.apply_recipe({}, epochs=4, size="huge", seed=7)
+        self.assertEqual((args.epochs, args.warmup_epochs, args.max_batch, args.seed), (4, 0.4, 64, 7))
 
 
 class Terminal(io.StringIO):
@@ -143,55 +128,39 @@ class Terminal(io.StringIO):
 
 
 class TestLog(unittest.TestCase):
-    def finish_epoch(self, folder, epoch, hits, seconds=2.0):
-        """An epoch of two micro-batches of 10 images, with mean losses 1 and 2; its line."""
+    def finish_epoch(self, epoch, hits, seconds=2.0):
+        """An epoch of two micro-batches of 10 images, with mean losses 1 and 2: (its row, its line)."""
         out = io.StringIO()
         with mock.patch("time.time", return_value=1000.0) as now, contextlib.redirect_stdout(out):
             log = training.EpochLog(epoch, 42, 20)
             now.return_value += seconds
             for loss in (1.0, 2.0):
                 log.add(torch.tensor(loss), 10, None if hits is None else torch.tensor(hits))
-            log.finish(folder, lr=0.01)
-        return out.getvalue()
+            row = log.finish(lr=0.01)
+        return row, out.getvalue()
 
     def test_line(self):
         """Means over the epoch's images, its speed, and the time that the epochs left would take."""
-        for hits, accuracy in ((7.5, "accuracy  75.0%  "), (None, "")):
-            self.assertEqual(self.finish_epoch(new_folder(), 2, hits),
+        for hits, accuracy in ((7, "accuracy  70.0%  "), (None, "")):
+            self.assertEqual(self.finish_epoch(2, hits)[1],
                              f"epoch    2/42  loss  1.5000  {accuracy}lr 1.0e-02      "
                              "10 images/s  1:20 left\n")
 
-    def test_loss_that_is_not_finite(self):
-        """Noticed every so many micro-batches, and before anything is saved; every one is looked at."""
-        for bad in (math.nan, math.inf):
-            for others in (0, 3, training.LOOK_EVERY):
-                log, folder = training.EpochLog(1, 2, 100), new_folder()
-                with self.assertRaisesRegex(UserError, "the loss is (nan|inf) in epoch 1"):
-                    for loss in (*[1.0] * others, bad, *[1.0] * others):
-                        log.add(torch.tensor(loss), 10)
-                    log.finish(folder, lr=0.1)
-                self.assertEqual(list(folder.iterdir()), [])
-
     def test_row(self):
-        folder = new_folder()
-        self.finish_epoch(folder, 1, 5, seconds=4.0)
-        self.finish_epoch(folder, 2, None)
-        made_by = runs.provenance()
-        self.assertEqual(made_by["torch"], torch.__version__)
-        self.assertEqual([{**row, **dict.fromkeys(made_by)} for row in read_csv(folder / "log.csv")], [
-            dict(epoch="1", loss="1.500000", accuracy="50.00", lr="1.000e-02", images_per_second="5.0",
-                 **dict.fromkeys(made_by)),
-            dict(epoch="2", loss="1.500000", accuracy="", lr="1.000e-02", images_per_second="10.0",
-                 **dict.fromkeys(made_by))])
-        for name, value in made_by.items():
-            self.assertEqual(read_csv(folder / "log.csv")[1][name], value)
+        for hits, accuracy in ((5, "50.00"), (None, "")):
+            self.assertEqual(self.finish_epoch(1, hits, seconds=4.0)[0], dict(
+                epoch=1, loss="1.500000", accuracy=accuracy, lr="1.000e-02", images_per_second="5.0"))
 
-    def test_rows_of_later_epochs_are_replaced(self):
-        """They were written by a run that was killed before it saved, or that is trained anew."""
-        folder = new_folder()
-        for epoch, expected in ((1, "1"), (2, "12"), (3, "123"), (2, "12"), (3, "123"), (1, "1")):
-            self.finish_epoch(folder, epoch, None)
-            self.assertEqual("".join(row["epoch"] for row in read_csv(folder / "log.csv")), expected)
+    def test_loss_that_is_not_finite(self):
+        """One of an epoch is enough, wherever it comes."""
+        for bad in (math.nan, math.inf):
+            for place in (0, 3, 6):
+                log, losses = training.EpochLog(1, 2, 100), [1.0] * 7
+                losses[place] = bad
+                for loss in losses:
+                    log.add(torch.tensor(loss), 10)
+                with self.assertRaisesRegex(UserError, "the loss is (nan|inf) in epoch 1"):
+                    log.finish(lr=0.1)
 
     def test_progress_on_a_terminal(self):
         """One line that is rewritten, not too often, and removed before a lasting one."""
