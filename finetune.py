@@ -64,6 +64,14 @@ def arguments():
     return cli.parse(parser)
 
 
+def fill_in_recipe(args, device):
+    """What is still open, from the recipe."""
+    if args.from_scratch:
+        args.layer_decay = 1.0  # no layer is pretrained
+    special = args.arch if args.arch != "vit" else "" if args.adversarial is None else "adversarial"
+    cli.apply_recipe(args, RECIPES.get(f"{args.size} {special}", RECIPES[args.size]), device)
+
+
 def settle(args, device):
     """Every setting of the run: from its checkpoint with --resume, else flags, autoencoder and recipe.
 
@@ -78,9 +86,10 @@ def settle(args, device):
         folder = Path("runs", Path(args.data or "digits").name)
     args.out = args.out or folder / (args.mode if args.adversarial is None else "adversarial")
     saved = run.take_settings(args, "classifier") if args.resume else None
-    if saved and saved["autoencoder"] is None:
-        return None, None
     if saved:
+        fill_in_recipe(args, device)  # what an older checkpoint does not say
+        if saved["autoencoder"] is None:
+            return None, None
         return weights.load_model(args.out, "autoencoder", device, args)
     if args.init and args.from_scratch:
         raise UserError("--init is for the ViT, and not for --from-scratch")
@@ -104,10 +113,7 @@ def settle(args, device):
         config = dict(SIZES[args.size], mean=dataset.mean, std=dataset.std)
         autoencoder = None
         pretraining = dict(config=config, task="nim", data=dict(finetune_sigma=dataset.finetune_sigma))
-    special = args.arch if args.arch != "vit" else "" if args.adversarial is None else "adversarial"
-    cli.apply_recipe(args, RECIPES.get(f"{args.size} {special}", RECIPES[args.size]), device)
-    if args.from_scratch:
-        args.layer_decay = 1.0  # no layer is pretrained
+    fill_in_recipe(args, device)
 
     behind_mim = args.mode == "de3" and pretraining["task"] == "mim"
     if args.mode == "clean" or behind_mim:
@@ -160,6 +166,8 @@ def main():
     else:
         config = {name: pretraining["config"][name] for name in weights.ENCODER}
     train = data.load_dataset(args.data, "train", config["image_size"])
+    if this_run.saved:
+        train = data.in_order_of(this_run.saved["classes"], train, args.data)
     heldout = data.load_heldout(args.data, config["image_size"], args.workers, train.classes)
     num_classes = len(train.classes)
     if not this_run.saved:

@@ -47,6 +47,7 @@ def settle(args, device):
     """Every setting of the run: from its checkpoint with --resume, else flags, data set and recipe."""
     args.out = args.out or Path("runs", Path(args.data).name, args.task)
     if args.resume and run.take_settings(args, "autoencoder"):
+        cli.apply_recipe(args, RECIPES[args.size], device)  # what an older checkpoint does not say
         return
     dataset = data.about(args.data)
     args.size = args.size or dataset.size

@@ -188,6 +188,15 @@ def open_device(name):
     return device
 
 
+def gather(items):
+    """The items of all processes in one list."""
+    if not dist.is_initialized():
+        return items
+    of_all = [None] * dist.get_world_size()
+    dist.all_gather_object(of_all, items)
+    return [item for of_one in of_all for item in of_one]
+
+
 def choose_threads(work, device, wanted=None):
     """Let PyTorch use the number of CPU threads that pays for work() now: one, or all it may use.
 

@@ -331,8 +331,9 @@ def digest(*tensors):
 
 
 def digest_of(batches):
-    """`digest` of all the images and labels of a loader."""
-    return digest(*[tensor for batch in batches for tensor in batch])
+    """Twelve hex digits of all the images and labels of a loader, in whatever order, of all processes."""
+    own = [digest(*pair) for images, labels in batches for pair in zip(images, labels)]
+    return hashlib.sha256("".join(sorted(cli.gather(own))).encode()).hexdigest()[:12]
 
 
 def facts(dataset, images):

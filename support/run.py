@@ -15,6 +15,7 @@ import hashlib
 import inspect
 import io
 import os
+import shlex
 import subprocess
 import uuid
 import zipfile
@@ -64,7 +65,7 @@ def digest_of_file(path):
         body = getattr(node, "body", None)
         if isinstance(body, list) and body and isinstance(body[0], ast.Expr) and isinstance(
                 body[0].value, ast.Constant):
-            body[0].value = ast.Constant("")
+            body[:] = body[1:] or [ast.Pass()]
     return hashlib.sha256(ast.unparse(tree).encode()).hexdigest()[:12]
 
 
@@ -173,7 +174,7 @@ def read(folder, kind=None, making=None):
         stage = "pretrain.py" if "autoencoder" in (kind, making) else "finetune.py"
         mode = " --mode clean" if Path(folder).name == "clean" else ""
         raise UserError(f"{folder} holds no run (there is no {path}): make it with python {stage}{mode} "
-                        f"--out {folder}, or name another run's folder")
+                        f"--out {shlex.quote(str(folder))}, or name another run's folder")
     checkpoint = read_weights(path)
     needed = {"kind", "config", "settings", "data", "model", "epoch", "epochs", "log", "made_by"}
     if not isinstance(checkpoint, dict) or not needed <= checkpoint.keys():
@@ -203,7 +204,7 @@ def load(folder, kind):
     if checkpoint["epoch"] < checkpoint["epochs"]:
         stage = "pretrain" if kind == "autoencoder" else "finetune"
         raise UserError(f"{folder} is unfinished (epoch {checkpoint['epoch']} of "
-                        f"{checkpoint['epochs']}); finish it with: python {stage}.py --out {folder} "
+                        f"{checkpoint['epochs']}); finish it with: python {stage}.py --out {shlex.quote(str(folder))} "
                         "--resume")
     say_made_by_other_code(folder, checkpoint)
     model = build(checkpoint, Path(folder) / "checkpoint.pt")
@@ -279,10 +280,16 @@ class Run:
             return
         if args.resume and args.overwrite:
             raise UserError("--resume and --overwrite exclude each other")
+        problem = ""
         if cli.rank() == 0:
-            self.lock = take_lock(self.folder / ".lock", wait=False)
+            try:
+                self.lock = take_lock(self.folder / ".lock", wait=False)
+            except UserError as error:
+                problem = str(error)
             for left_over in self.folder.glob(".checkpoint.pt.*.tmp"):  # of runs that were killed
                 left_over.unlink()
+        if cli.sum_over_processes(bool(problem)) != [0]:
+            raise UserError(problem or f"rank 0 cannot train in {self.folder}")
         if (self.folder / "checkpoint.pt").exists() and not args.overwrite:
             self.saved = read(self.folder)
             if not args.resume:
@@ -334,10 +341,14 @@ class Run:
         made_by = [dict(provenance(self.files), from_epoch=1)]
         facts = data.facts(dataset, train)
         self.checkpoint = dict(kind=self.kind, config=config, settings=self.settings, data=facts, epoch=0,
-                               epochs=self.epochs, log=[], made_by=made_by, threads=threads, **more)
+                               epochs=self.epochs, log=[], made_by=made_by, threads=threads,
+                               world_size=cli.world_size(), **more)
         if self.saved is None:
             return 0
         then = self.saved["data"]
+        if self.saved.get("world_size", cli.world_size()) != cli.world_size():
+            print(f"note: {self.folder} was trained by {self.saved['world_size']} process(es) and goes on "
+                  f"with {cli.world_size()}: other noise than in an uninterrupted run")
         if (then["images"], then["pixels"]) != (facts["images"], facts["pixels"]):
             print(f"note: {self.folder} was trained on other images than {dataset} holds now "
                   f"({then['images']} then, {facts['images']} now)")
@@ -352,6 +363,8 @@ class Run:
             made_by[0]["from_epoch"] = self.saved["epoch"] + 1
             self.saved["made_by"] += made_by
         self.checkpoint = self.saved
+        self.checkpoint["settings"]["data"] = self.checkpoint["data"]["name"] = dataset  # may have moved
+        self.write_log()
         return self.saved["epoch"]
 
     def save(self, epoch, row, model, optimizer):
@@ -365,11 +378,17 @@ class Run:
         if cli.rank() > 0:
             return
         write_whole(self.folder / "checkpoint.pt", lambda file: torch.save(self.checkpoint, file))
+        self.write_log()
+        if not self.loaded_back:
+            build(read(self.folder), f"{self.folder} was saved and cannot be loaded again: it")
+            self.loaded_back = True
+
+    def write_log(self):
+        """Write log.csv from the log in the checkpoint, in the process of rank 0."""
+        if cli.rank() > 0:
+            return
         text = io.StringIO(newline="")
         table = csv.DictWriter(text, list(self.checkpoint["log"][-1]), extrasaction="ignore")
         table.writeheader()
         table.writerows(self.checkpoint["log"])
         write_whole(self.folder / "log.csv", lambda file: file.write(text.getvalue().encode()))
-        if not self.loaded_back:
-            build(read(self.folder), f"{self.folder} was saved and cannot be loaded again: it")
-            self.loaded_back = True

@@ -78,8 +78,8 @@ class TestTables(unittest.TestCase):
 
     def test_damaged(self):
         """Refused, and left as it is."""
-        for content in (b"name;value\na;1\n", b"name,value\na,1,2\nb,1\n", b"name,value\n\xff,1\n",
-                        b"\xff\xfe", b'name,value\na,"1\nb,2\n', b"\x00\x01\x02"):
+        for content in (b"name;value\na;1\n", b"name,value\na,1,2\nb,1\n", b'name,value\na,"1\nb,2\n',
+                        b"\xff\xfe", b"\x00\x01\x02"):
             with self.subTest(content):
                 self.write(content)
                 for act in (report.read_table, lambda path: report.append_row(path, {"name": "c"})):
