@@ -30,6 +30,8 @@ TINY = dict(epochs=40, batch_size=64, base_lr=6.4e-2, warmup_share=1 / 12, weigh
 RECIPES = {  # the paper's from base on; tiny was chosen on the validation images of the digits
     "tiny": TINY,
     "tiny resnet18": {**TINY, "epochs": 12, "batch_size": 128, "base_lr": 2e-3, "beta2": 0.999},
+    "tiny no-denoise": {**TINY, "epochs": 48, "batch_size": 32, "base_lr": 3.2e-2},  # 6.4e-2 fails on
+    "tiny mim": {**TINY, "epochs": 48, "batch_size": 32, "base_lr": 3.2e-2},  # images as hard as these
     "tiny adversarial": {**TINY, "label_smoothing": 0.0, "augment": False},  # which make it weaker
     "small": dict(epochs=10, batch_size=128, base_lr=4e-3, warmup_share=0.1, weight_decay=0.05,
                   layer_decay=0.75, beta2=0.999, drop_path=0.0, label_smoothing=0.1, attack_steps=2,
@@ -64,11 +66,15 @@ def arguments():
     return cli.parse(parser)
 
 
-def fill_in_recipe(args, device):
-    """What is still open, from the recipe."""
+def fill_in_recipe(args, device, behind_mim):
+    """What is still open, from the recipe of the size and of what is special."""
     if args.from_scratch:
         args.layer_decay = 1.0  # no layer is pretrained
-    special = args.arch if args.arch != "vit" else "" if args.adversarial is None else "adversarial"
+    special = "mim" if behind_mim else args.mode
+    if args.adversarial is not None:
+        special = "adversarial"
+    if args.arch != "vit":
+        special = args.arch
     cli.apply_recipe(args, RECIPES.get(f"{args.size} {special}", RECIPES[args.size]), device)
 
 
@@ -87,7 +93,7 @@ def settle(args, device):
     args.out = args.out or folder / (args.mode if args.adversarial is None else "adversarial")
     saved = run.take_settings(args, "classifier") if args.resume else None
     if saved:
-        fill_in_recipe(args, device)  # what an older checkpoint does not say
+        fill_in_recipe(args, device, saved["defense"] == "mim")  # what an older checkpoint does not say
         if saved["autoencoder"] is None:
             return None, None
         return weights.load_model(args.out, "autoencoder", device, args)
@@ -113,9 +119,8 @@ def settle(args, device):
         config = dict(SIZES[args.size], mean=dataset.mean, std=dataset.std)
         autoencoder = None
         pretraining = dict(config=config, task="nim", data=dict(finetune_sigma=dataset.finetune_sigma))
-    fill_in_recipe(args, device)
-
     behind_mim = args.mode == "de3" and pretraining["task"] == "mim"
+    fill_in_recipe(args, device, behind_mim)
     if args.mode == "clean" or behind_mim:
         cli.refuse_unused(args, ["sigma"], "in --mode clean" if args.mode == "clean" else "behind MIM")
     elif args.sigma is None:

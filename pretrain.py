@@ -21,6 +21,7 @@ PAPER = dict(epochs=800, batch_size=4096, base_lr=1.5e-4, warmup_share=0.05, wei
              beta2=0.95)
 RECIPES = {  # the paper's from base on; tiny was chosen on the validation images of the digits
     "tiny": dict(PAPER, epochs=60, batch_size=64, base_lr=6.4e-2, warmup_share=0.1),
+    "tiny mim": dict(PAPER, epochs=60, batch_size=64, base_lr=1.6e-2, warmup_share=0.1),
     "small": dict(PAPER, epochs=10, batch_size=128, base_lr=2e-3, warmup_share=0.1),
     "medium": dict(PAPER, epochs=200, batch_size=512, base_lr=1e-3),
     "base": PAPER, "large": PAPER, "huge": PAPER,
@@ -43,15 +44,20 @@ def arguments():
     return cli.parse(parser)
 
 
+def recipe_of(args):
+    """The row of RECIPES for --size and --task."""
+    return RECIPES.get(f"{args.size} {args.task}", RECIPES[args.size])
+
+
 def settle(args, device):
     """Every setting of the run: from its checkpoint with --resume, else flags, data set and recipe."""
     args.out = args.out or Path("runs", Path(args.data).name, args.task)
     if args.resume and run.take_settings(args, "autoencoder"):
-        cli.apply_recipe(args, RECIPES[args.size], device)  # what an older checkpoint does not say
+        cli.apply_recipe(args, recipe_of(args), device)  # what an older checkpoint does not say
         return
     dataset = data.about(args.data)
     args.size = args.size or dataset.size
-    cli.apply_recipe(args, RECIPES[args.size], device)
+    cli.apply_recipe(args, recipe_of(args), device)
     if args.task == "mim":
         cli.refuse_unused(args, ["sigma"], "in MIM")
         args.mask_ratio = MASK_RATIO
