@@ -45,7 +45,7 @@ TABLES = {
         Entry("noise only", "no-denoise", "--mode no-denoise",
               defenses=("no-denoise:100", "no-denoise:200")),
         Entry("De³", "de3", "", defenses=DE3),
-        Entry("De³, trained as long as adversarial training", "de3_long", "--epochs @@LONG@@",
+        Entry("De³, trained as long as adversarial training", "de3_long", "--epochs 132",
               defenses=("de3:0",)),
         Entry("De³, pretrained on σ = 120", "de3_120", "", "nim120", DE3),
         Entry("De³, the paper's Γ(25, 3), U(0, 30)", "de3_paper", "--sigma uniform:0,30", "nim_paper", DE3),
