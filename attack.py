@@ -390,8 +390,8 @@ def main():
     pixels = data.digest_of(batches)
     step = "2.5 eps/steps" if args.step_size is None else f"{255 * args.step_size:.3g}/255"
     width = max(len(one.words) for one in tested)
-    print(f"{images_in_all} {args.split} images of {args.data}, {args.norm}, {args.steps} steps of {step}, EOT "
-          f"{args.eot}, {args.restarts} restart(s), loss {'+'.join(args.loss)}, {args.threat}-box, "
+    print(f"{images_in_all} {args.split} images of {args.data}, {args.norm}, {args.steps} steps of {step}, "
+          f"EOT {args.eot}, {args.restarts} restart(s), loss {'+'.join(args.loss)}, {args.threat}-box, "
           f"{DRAWS} draws, seed {args.seed}; accuracy in % [95% interval]; takes at most about "
           f"{cli.minutes(sum(cell.seconds for cell in cells))} minutes\n\n{'defense':{width}} "
           f"{'eps':>7}  {'attack':8} {'clean':>19} {'robust':>19} {'seconds':>8}   gradients/s")

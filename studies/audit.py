@@ -4,9 +4,10 @@
     python -m studies.audit UNDEFENDED RUN --sigma 50
 
 After Athalye et al. 2018 and Carlini et al. 2019. The last defense chosen is put to the checks, under
-PGD in L∞ at --eps, white-box; images that fool the undefended ones before it are tried on it, too. Accuracies are compared image by image; a difference counts beyond 3
-paired standard errors, and each comparison says the smallest difference that it would have noticed.
-The exit code is 1 if anything is suspicious.
+PGD in L∞ at --eps, white-box; images that fool the undefended ones before it are tried on it, too.
+Accuracies are compared image by image; a difference counts beyond 3 paired standard errors, and each
+comparison says the smallest difference that it would have noticed. The exit code is 1 if anything is
+suspicious.
 """
 
 import copy

@@ -3,12 +3,14 @@
     python -m studies.plot                                        runs/digits/compare.csv
     python -m studies.plot --table runs/digits/attack.csv --out tradeoff.png
     python -m studies.plot --table runs/cifar10/compare.csv --against-clean
+    python -m studies.plot --ladder
 
 Two panels, a curve for each defense with the spread over its seeds; what has no sigma is a level line,
 masking is left out. Robust is one attack: that of the table's last row, or the one that --attack, --eps
 and --threat choose; rows of another attack, other images or other code are left out, and counted.
 --against-clean draws robust over clean accuracy, sigma along each curve: at the left one shot, at the
-right the worst of the three readings of the comparison. Needs matplotlib (pip install matplotlib).
+right the worst of the three readings of the comparison. --ladder draws accuracy over what the attacker
+knows. Needs matplotlib (pip install matplotlib).
 """
 
 import argparse
@@ -22,6 +24,9 @@ SHOWN = ("undefended", "adversarial training 16/255", "adversarial training 4/25
          "De³, the paper's Γ(25, 3), U(0, 30)", "De³, fine-tuned on U(0, 60)",
          "De³, fine-tuned on U(50, 150)", "noise only, U(50, 150)")  # at most six of them in one table
 READINGS = ("one_shot", "ten_tries", "noise_known")
+RUNGS = {"gray_box": "only the classifier\n(gray-box)", "no_eot": "the whole defense,\none draw a step",
+         "one_shot": "its average\n(EOT, one shot)", "ten_tries": "may try\nten times",
+         "noise_known": "the noise"}
 ONE_ATTACK = ("norm", "eps", "l2_radius", "steps", "step_size", "restarts", "loss", "threat", "data", "split",
               "images", "pixels", "precision", "code", "attack_seed")  # what rows must share
 STYLES = [("#000000", "-", "o"), ("#0072b2", "--", "s"), ("#d55e00", "-", "^"), ("#009e73", "-.", "D"),
@@ -131,6 +136,29 @@ def draw_against_clean(path, points_of_panels, title):
     save(figure, path, title + "; numbers at the points: σ")
 
 
+def draw_ladder(path, rows, title):
+    """Accuracy over what the attacker knows, a curve for each defense and level of compare.csv."""
+    figure, _ = new_figure(height=5.4)
+    figure.clf()
+    panel = figure.subplots()
+    curves = {}
+    for row in rows:
+        if row["defense"] in SHOWN:
+            name = row["defense"] if row["level"] == "off" else f"{row['defense']}, {row['level']}"
+            curves.setdefault(name, []).append([float(row[rung]) for rung in RUNGS])
+    defended = {name: found for name, found in curves.items() if mean(values[0] for values in found) > 5}
+    for (name, found), (color, line, marker) in zip(defended.items(), STYLES):
+        heights = [mean(values) for values in zip(*found)]
+        panel.plot(heights, color=color, linestyle=line, linewidth=2, marker=marker, markersize=8, label=name)
+    panel.set_xticks(range(len(RUNGS)), RUNGS.values(), fontsize=12)
+    panel.set_xlabel("the attacker knows more and more →", fontsize=12)
+    panel.set_ylabel("accuracy under attack (%)", fontsize=12)
+    panel.set_ylim(-4, 104)
+    panel.grid(alpha=0.3)
+    figure.legend(loc="outside lower center", ncols=2, fontsize=12)
+    save(figure, path, title)
+
+
 def draw(path, points, title):
     """Two panels over sigma, labels at the right end of the curves of the right panel."""
     sigmas = sorted({sigma_of(level) for levels in points.values() for level in levels
@@ -186,7 +214,7 @@ def title_of(rows, args):
     title += f"L2 {radius:g}, " if last["norm"] == "l2" else f"{255 * radius:.3g}/255, "
     if seeds <= 1:
         return title + "one seed"
-    return title + (f"mean of {seeds} seeds" if args.against_clean else f"mean ± deviation of {seeds} seeds")
+    return title + (f"mean of {seeds} seeds" if args.against_clean or args.ladder else f"mean ± deviation of {seeds} seeds")
 
 
 def plot(args):
@@ -199,9 +227,12 @@ def plot(args):
     rows = choose_rows(rows, args)
     title = title_of(rows, args)
     path, from_comparison = args.out or args.table.with_name("tradeoff.png"), "one_shot" in rows[0]
-    if args.against_clean and not from_comparison:
-        raise UserError("--against-clean needs the three readings: give it a compare.csv")
-    if args.against_clean:
+    if (args.against_clean or args.ladder) and not from_comparison:
+        raise UserError("--against-clean and --ladder need the readings of the comparison: give it a "
+                        "compare.csv")
+    if args.ladder:
+        draw_ladder(path, rows, title)
+    elif args.against_clean:
         panels = [shown(points_of(rows, readings)) for readings in (("one_shot",), READINGS)]
         draw_against_clean(path, panels, title)
     else:
@@ -215,6 +246,7 @@ def main():
     add("--table", type=Path, default=Path("runs/digits/compare.csv"),
         help="compare.csv or attack.csv; default runs/digits/compare.csv")
     add("--against-clean", action="store_true", help="robust over clean accuracy")
+    add("--ladder", action="store_true", help="accuracy over what the attacker knows")
     add("--attack", help="of attack.csv: pgd or fgsm; default: as the last row")
     add("--eps", type=cli.eps, help="radius in [0, 1] units; default: as the last row")
     add("--threat", choices=["white", "gray"], help="default: as the last row")

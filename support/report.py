@@ -104,8 +104,8 @@ def load_font():
 
 
 def printable(text):
-    """The text in letters that the font has: Latin-1."""
-    return text.replace("σ", "sigma").encode("latin-1", "replace").decode("latin-1")
+    """The text in letters that the font has: Latin-1, without the ³ of De³."""
+    return text.replace("σ", "sigma").replace("³", "3").encode("latin-1", "replace").decode("latin-1")
 
 
 def shorten(text, font, width):

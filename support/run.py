@@ -204,8 +204,8 @@ def load(folder, kind):
     if checkpoint["epoch"] < checkpoint["epochs"]:
         stage = "pretrain" if kind == "autoencoder" else "finetune"
         raise UserError(f"{folder} is unfinished (epoch {checkpoint['epoch']} of "
-                        f"{checkpoint['epochs']}); finish it with: python {stage}.py --out {shlex.quote(str(folder))} "
-                        "--resume")
+                        f"{checkpoint['epochs']}); finish it with: python {stage}.py "
+                        f"--out {shlex.quote(str(folder))} --resume")
     say_made_by_other_code(folder, checkpoint)
     model = build(checkpoint, Path(folder) / "checkpoint.pt")
     return model.eval().requires_grad_(False), checkpoint
