@@ -54,9 +54,9 @@ def objective(logits, labels, targets, loss):
 
 def check_logits(logits):
     """UserError unless a model's output is what PGD can climb: logits that depend on the images."""
-    if not torch.is_tensor(logits) or logits.dim() != 2:
+    if not torch.is_tensor(logits) or logits.dim() != 2 or logits.shape[1] < 2:
         found = list(logits.shape) if torch.is_tensor(logits) else type(logits).__name__
-        raise UserError(f"the model must return logits, a tensor [B, classes], not {found}")
+        raise UserError(f"the model must return logits, a tensor [B, two classes or more], not {found}")
     if not logits.requires_grad:
         raise UserError("the model's logits have no gradient with respect to the images: it detaches them "
                         "or works under no_grad, and PGD cannot attack it")
@@ -139,6 +139,9 @@ def warn_of_weak_settings(model, eps, steps, step_size, random_start):
     if steps * step_size < needed * (1 - 1e-6):
         warnings.warn(f"{steps} steps of {step_size:.3g} ({255 * step_size:.3g}/255) cannot cross the ball "
                       f"of radius {eps:.3g} ({255 * eps:.3g}/255): give more or larger steps", stacklevel=3)
+    if steps > 1 and step_size > 2 * eps > 0:
+        warnings.warn(f"steps of {step_size:.3g} ({255 * step_size:.3g}/255) each cross the whole ball of "
+                      f"radius {eps:.3g} ({255 * eps:.3g}/255): smaller ones attack better", stacklevel=3)
     acting = (nn.modules.batchnorm._BatchNorm, nn.modules.dropout._DropoutNd, StochasticDepth)
     if isinstance(model, nn.Module) and any(part.training and isinstance(part, acting)
                                             and getattr(part, "p", 1) > 0 for part in model.modules()):
@@ -154,8 +157,8 @@ def warn_of_lost_gradients(underflows, masked, images):
                       "(loss='margin') was used for them", stacklevel=3)
     if masked:
         warnings.warn(f"{masked} of {images} images that were still right had no gradient at all, of the "
-                      "margin loss (loss='margin') neither: the model masks it, and PGD does not attack "
-                      "them", stacklevel=3)
+                      "margin loss (loss='margin') neither: the model masks it (or returns probabilities "
+                      "instead of logits), and PGD does not attack them", stacklevel=3)
 
 
 def pgd(model, images, labels, eps, steps, step_size=None, norm="linf", random_start=True,
@@ -349,9 +352,9 @@ def plan_table(args, tested, images, images_in_all):
     """The cells to measure; two calls of each model on the first images tell how long they will take."""
     cells = []
     for one in tested:
-        started = time.time()
+        started = time.perf_counter()
         random = is_random(one.model, images)
-        seconds_of_image = (time.time() - started) / 2 / len(images)
+        seconds_of_image = (time.perf_counter() - started) / 2 / len(images)
         for eps in args.eps or one.checkpoint["data"]["attack_eps"]:
             for name in args.attack:
                 settings, base = attack_settings(args, name, eps, random), name.removesuffix("+eot")
@@ -370,10 +373,10 @@ def measure(cell, args, batches, images_in_all, device, show):
         training.seed_epoch(args.seed, 0)
         clean = torch.cat([accuracy(model, images, labels, draws) for images, labels in batches])
         training.seed_epoch(args.seed, 0)
-        started = time.time()
+        started = time.perf_counter()
         robust = attack_batches(ATTACKS[cell.name.removesuffix("+eot")].run, model, attacked, batches,
                                 cell.eps, args.norm, args.loss, draws, cell.settings, show)
-        seconds = time.time() - started
+        seconds = time.perf_counter() - started
     clean, robust = cli.sum_over_processes(clean.sum().item(), robust.sum().item())
     return 100 * clean / images_in_all, 100 * robust / images_in_all, seconds
 
@@ -402,6 +405,10 @@ def main():
             cell, args, batches, images_in_all, device,
             lambda text, done: progress.show(f"{one.words}, {ball}, {cell.name}: {text}", done))
         progress.clear()
+        speed = f"{images_in_all * gradients_of_image(settings, args) / seconds:.0f}"
+        print(f"{one.words:{width}} {ball:>7}  {cell.name:8} {report.interval(clean, images_in_all):>19} "
+              f"{report.interval(robust, images_in_all):>19} {seconds:8.1f} "
+              f"{'stopped early' if settings['early_stop'] else speed:>13}", flush=True)
         report.append_row(table, dict(
             defense=one.words, run=one.run, level=one.level, attack=cell.name, norm=args.norm,
             eps=f"{cell.eps:.6g}", steps=settings["steps"], step_size=f"{settings['step_size']:.6g}",
@@ -410,10 +417,6 @@ def main():
             split=args.split, images=images_in_all, pixels=pixels, seed=args.seed,
             precision="bf16" if args.bf16 else "fp32", clean_accuracy=f"{clean:.2f}",
             robust_accuracy=f"{robust:.2f}", seconds=f"{seconds:.1f}", **run.origin_of_row(one.model, CODE)))
-        speed = f"{images_in_all * gradients_of_image(settings, args) / seconds:.0f}"
-        print(f"{one.words:{width}} {ball:>7}  {cell.name:8} {report.interval(clean, images_in_all):>19} "
-              f"{report.interval(robust, images_in_all):>19} {seconds:8.1f} "
-              f"{'stopped early' if settings['early_stop'] else speed:>13}", flush=True)
     print(f"\nwrote {table}")
 
 

@@ -16,6 +16,7 @@ import time
 from pathlib import Path
 
 import torch
+from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.utils import save_image
 
 from attack import is_random, pgd
@@ -37,6 +38,9 @@ def arguments():
     add("--eot", type=cli.count, default=8, help="draws per gradient there, default 8")
     args = cli.parse(parser)
     args.runs = args.run
+    for run_path in args.run:
+        if run_path.suffix.lower() in IMG_EXTENSIONS:
+            raise UserError(f"{run_path} is an image, and no run: give photos before the flags")
     if args.photos:
         cli.refuse_unused(args, ["split", "images", "eps", "steps", "eot"], "for photos")
     for name in args.photos:
@@ -86,7 +90,7 @@ def print_clean_accuracy(args, tested, batches, images_in_all):
           f"{'defense':{width}}  clean accuracy %  PSNR dB  images/s")
     for one in tested:
         training.seed_epoch(args.seed, 0)
-        started, hits, decibels = time.time(), 0, 0
+        started, hits, decibels = time.perf_counter(), 0, 0
         for images, labels in batches:
             with torch.no_grad():
                 hits += (one.model(images).argmax(1) == labels).sum().item()
@@ -95,7 +99,7 @@ def print_clean_accuracy(args, tested, batches, images_in_all):
         hits, decibels = cli.sum_over_processes(hits, decibels)
         quality = "      -" if one.defense is None else f"{decibels / images_in_all:7.2f}"
         print(f"{one.words:{width}}  {100 * hits / images_in_all:16.1f}  {quality}  "
-              f"{images_in_all / (time.time() - started):8.0f}", flush=True)
+              f"{images_in_all / (time.perf_counter() - started):8.0f}", flush=True)
 
 
 def draw_defense(path, args, eps, undefended, defense, images, labels, classes):

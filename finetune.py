@@ -88,7 +88,7 @@ def settle(args, device):
         args.mode = "de3" if args.adversarial is None else "clean"
     needs_autoencoder = args.mode == "de3" or not (args.from_scratch or args.init)
     folder = args.autoencoder.parent
-    if not needs_autoencoder or args.autoencoder.is_file():
+    if not needs_autoencoder or weights.is_published(args.autoencoder):
         folder = Path("runs", Path(args.data or "digits").name)
     args.out = args.out or folder / (args.mode if args.adversarial is None else "adversarial")
     saved = run.take_settings(args, "classifier") if args.resume else None
@@ -104,8 +104,8 @@ def settle(args, device):
         made = pretraining["settings"]
         if args.size not in (None, made["size"]):
             raise UserError(f"--size {args.size}: the autoencoder's is {made['size']}, and decides")
-        if not args.autoencoder.is_file():
-            cli.refuse_unused(args, ["task", "norm_pix"], "for a run's folder, which knows it")
+        if not weights.is_published(args.autoencoder):
+            cli.refuse_unused(args, ["task", "norm_pix", "mean", "std"], "for a run's folder, which knows it")
         if args.data not in (None, made["data"]):
             print(f"note: {args.autoencoder} was trained on {made['data']}, the classifier is on {args.data}")
         args.data, args.size = args.data or made["data"], made["size"]
@@ -175,6 +175,9 @@ def main():
         train = data.in_order_of(this_run.saved["classes"], train, args.data)
     heldout = data.load_heldout(args.data, config["image_size"], args.workers, train.classes)
     num_classes = len(train.classes)
+    if num_classes < 2:
+        raise UserError(f"{args.data}: train/ holds one class folder only, {train.classes[0]}: a classifier "
+                        "needs two (are they one folder deeper, or higher?)")
     if not this_run.saved:
         config.update(arch=args.arch, num_classes=num_classes, drop_path=args.drop_path)
     augment, mixed, label_smoothing = choose_augmentation(train, dataset, config, args.augment,

@@ -72,14 +72,14 @@ def main():
         ours = pgd(model, images, labels, eps, args.steps, eot=args.eot if random else 1,
                    early_stop=not random, max_batch=args.max_batch)
         of_pgd = 100 * accuracy(model, ours, labels, draws).mean().item()
-        started = time.time()
+        started = time.perf_counter()
         attack = AutoAttack(model, eps=eps, version=version, seed=args.seed, device=device)
         with tempfile.TemporaryDirectory() as folder:
             state_path = Path(folder, "state")
             adversarial, _ = attack.run_standard_evaluation(images, labels, batch_size=args.max_batch,
                                                             state_path=state_path)
             not_broken = EvaluationState.from_disk(state_path).robust_flags
-        seconds = time.time() - started
+        seconds = time.perf_counter() - started
         fresh = 100 * accuracy(model, adversarial, labels, draws).mean().item()
         counted = 100 * not_broken.float().mean().item()
         report.append_row(table, dict(

@@ -205,13 +205,13 @@ def main():
                 if old:
                     rows.append({**old, "defense": entry.name})
                     continue
-                started, words = time.time(), f"{entry.name}, {one.level}, seed {seed}"
+                started, words = time.perf_counter(), f"{entry.name}, {one.level}, seed {seed}"
                 with cli.autocast(args.bf16, device):
                     found = measure(one.model, batches, eps, l2, args.steps, args.eot, args.seed,
                                     args.max_batch, lambda text: progress.show(f"{words}: {text}"))
                 progress.clear()
                 row.update({name: f"{found[name]:.2f}" if name in found else "" for name in MEASURED})
-                row["seconds"] = f"{time.time() - started:.1f}"
+                row["seconds"] = f"{time.perf_counter() - started:.1f}"
                 rows.append(row)
                 measured.append(row)
                 report.append_row(path, row)

@@ -205,6 +205,9 @@ def choose_threads(work, device, wanted=None):
     run, whose rounding is to be repeated. Returns the number.
     """
     allowed = torch.get_num_threads()
+    if wanted is not None and wanted > allowed and device.type == "cpu":
+        print(f"note: this run was trained with {wanted} CPU threads, here there are {allowed}, which rounds "
+              f"differently (OMP_NUM_THREADS={wanted} repeats it exactly)")
     if device.type != "cpu" or allowed == 1:
         return allowed
     if wanted is None:
@@ -264,27 +267,27 @@ class Progress:
     """One line on a terminal, rewritten as work goes on; nothing into a pipe or a file."""
 
     def __init__(self, every=0.5):
-        self.every, self.shown_at, self.width, self.started = every, 0.0, 0, time.time()
+        self.every, self.shown_at, self.width, self.started = every, 0.0, 0, time.perf_counter()
 
     def show(self, text, done=None):
         """Replace the line, unless it was replaced less than `every` seconds ago.
 
         done: the part of the work that is done, from which the time left follows.
         """
-        if not sys.stdout.isatty() or time.time() - self.shown_at < self.every:
+        if not sys.stdout.isatty() or time.perf_counter() - self.shown_at < self.every:
             return
         if done:
-            seconds = time.time() - self.started
+            seconds = time.perf_counter() - self.started
             text += f", {minutes(seconds / done - seconds)} left"
         text = text[:shutil.get_terminal_size().columns - 1]  # a longer one could not be rewritten
         print("\r" + text.ljust(self.width), end="", flush=True)
-        self.shown_at, self.width = time.time(), len(text)
+        self.shown_at, self.width = time.perf_counter(), len(text)
 
     def clear(self):
         """Remove the line, before a lasting one is printed; what follows is timed anew."""
         if self.width:
             print("\r" + " " * self.width + "\r", end="", flush=True)
-        self.shown_at, self.width, self.started = 0.0, 0, time.time()
+        self.shown_at, self.width, self.started = 0.0, 0, time.perf_counter()
 
 
 def command_line():
@@ -297,6 +300,7 @@ def run_script(main, resumable=False):
 
     resumable: training, which goes on with --resume.
     """
+    sys.stdout = sys.stdout or open(os.devnull, "w")  # closed by >&-, or absent as under pythonw
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")  # a terminal without σ shows a question mark

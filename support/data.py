@@ -43,6 +43,7 @@ VALIDATION_IMAGES = 500  # of each class of CIFAR-10
 HELDOUT_IMAGES = 1000  # validation images, at most, on which the training stages show their result
 FORMATS = ("JPEG", "PNG", "BMP", "PPM", "TIFF", "WEBP")  # Pillow hands some others to other programs
 SPLITS = ("train", "val", "test")
+HIDDEN = (".", "__MACOSX", "@eaDir")  # how names begin that systems make: archives of Macs, network drives
 TURNS = {  # EXIF's orientation tag: how the stored image has to be turned
     2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
     5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
@@ -125,12 +126,12 @@ class Images(datasets.ImageFolder):
         super().__init__(folder, loader=read_image, is_valid_file=self.is_image)
 
     def is_image(self, path):
-        hidden = any(part.startswith(".") for part in Path(path).relative_to(self.root).parts)
+        hidden = any(part.startswith(HIDDEN) for part in Path(path).relative_to(self.root).parts)
         return path.lower().endswith(datasets.folder.IMG_EXTENSIONS) and not hidden
 
     def find_classes(self, directory):
         names = [entry.name for entry in os.scandir(directory)
-                 if entry.is_dir() and not entry.name.startswith((".", "__MACOSX"))]
+                 if entry.is_dir() and not entry.name.startswith(HIDDEN)]
         names.sort(key=int if all(name.isdecimal() for name in names) else str)
         if not names:
             raise FileNotFoundError("there is no class folder in it")
@@ -148,7 +149,8 @@ def open_folder(name, split):
     try:
         return Images(folder)
     except FileNotFoundError as error:  # no class folder, or one without images
-        raise UserError(f"{folder}: {str(error).splitlines()[0]}") from None
+        hint = "; --split val takes the validation images" if split == "test" else ""
+        raise UserError(f"{folder}: {str(error).splitlines()[0]}{hint}") from None
 
 
 def of_each_class(dataset, split):
@@ -208,7 +210,9 @@ DATA_HELP = f"{', '.join(DATASETS)}, or FOLDER with train/<class>/ and val/<clas
 
 def dataset_name(text):
     """The argparse type of --data: a data set's name, or a folder, of which the whole path is kept."""
-    return text if text in DATASETS else str(Path(text).resolve())
+    if text in DATASETS and Path(text, "train").is_dir():
+        print(f"note: {text} is the data set of that name; the folder here is --data ./{text}")
+    return text if text in DATASETS else str(Path(text).expanduser().resolve())
 
 
 @functools.cache
@@ -265,7 +269,7 @@ class Transformed(Dataset):
         seed, epoch, index = key
         image, label = self.dataset[index]
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed((seed * 1_000_003 + epoch) * 1_000_000_007 + index)
+            torch.manual_seed(((seed * 1_000_003 + epoch) * 1_000_000_007 + index) % 2**63)
             return self.transform(image), self.places[label]
 
 
@@ -438,9 +442,11 @@ class TrainingBatches:
 def evenly_spread(dataset, count, rank=0, world_size=1):
     """`count` images evenly spread over the data set (a folder lists its images class by class).
 
-    Of several processes each gets its own: every image exactly once.
+    Of several processes each gets its own: every image exactly once. UserError for fewer than processes.
     """
     count = min(count, len(dataset))
+    if count < world_size:
+        raise UserError(f"{count} images are too few for {world_size} processes, which need one each")
     chosen = [i * len(dataset) // count for i in range(count)]
     own = chosen[rank::world_size]
     if in_memory(dataset):

@@ -66,7 +66,17 @@ def digest_of_file(path):
         if isinstance(body, list) and body and isinstance(body[0], ast.Expr) and isinstance(
                 body[0].value, ast.Constant):
             body[:] = body[1:] or [ast.Pass()]
-    return hashlib.sha256(ast.unparse(tree).encode()).hexdigest()[:12]
+        if isinstance(node, ast.JoinedStr):  # Python 3.12 puts empty text behind a nested format
+            node.values = [part for part in node.values if getattr(part, "value", None) != ""]
+    return hashlib.sha256(repr(plain(tree)).encode()).hexdigest()[:12]
+
+
+def plain(node):
+    """A syntax tree as nested tuples, without what only some versions of Python write of it."""
+    if isinstance(node, ast.AST):
+        fields = [(name, plain(value)) for name, value in ast.iter_fields(node)]
+        return (type(node).__name__, *[field for field in fields if field[1] not in (None, [])])
+    return [plain(one) for one in node] if isinstance(node, list) else node
 
 
 def digests(files):
@@ -145,7 +155,7 @@ def read_weights(path):
     Checksums are tested, which torch.load ignores. What is let through besides: argparse.Namespace,
     which MAE's training checkpoints hold, and NumPy's numbers.
     """
-    scalar = (np._core if hasattr(np, "_core") else np.core).multiarray.scalar
+    scalar = np.float64(0).__reduce__()[0]  # whose module has another name in every version of NumPy
     allowed = [argparse.Namespace, np.dtype, *{type(np.dtype(kind)) for kind in "?bhilqBHILQefdU"},
                (scalar, "numpy.core.multiarray.scalar"), (scalar, "numpy._core.multiarray.scalar")]
     try:
@@ -167,17 +177,25 @@ def read_weights(path):
 
 # ---------------------------------------------------------------------------- reading a run back
 
+def is_checkpoint(content):
+    """Whether the content of a file of weights is a run's checkpoint, whatever the file is called."""
+    needed = {"kind", "config", "settings", "data", "model", "epoch", "epochs", "log", "made_by"}
+    return isinstance(content, dict) and needed <= content.keys()
+
+
 def read(folder, kind=None, making=None):
-    """The checkpoint in a run's folder; UserError where there is none, or one of another kind."""
-    path = Path(folder) / "checkpoint.pt"
+    """The checkpoint in a run's folder, or in a copy of its file under another name.
+
+    UserError where there is none, or one of another kind.
+    """
+    path = Path(folder) if Path(folder).is_file() else Path(folder) / "checkpoint.pt"
     if not path.exists():
         stage = "pretrain.py" if "autoencoder" in (kind, making) else "finetune.py"
         mode = " --mode clean" if Path(folder).name == "clean" else ""
         raise UserError(f"{folder} holds no run (there is no {path}): make it with python {stage}{mode} "
                         f"--out {shlex.quote(str(folder))}, or name another run's folder")
     checkpoint = read_weights(path)
-    needed = {"kind", "config", "settings", "data", "model", "epoch", "epochs", "log", "made_by"}
-    if not isinstance(checkpoint, dict) or not needed <= checkpoint.keys():
+    if not is_checkpoint(checkpoint):
         raise UserError(f"{path} is not a checkpoint of this project, or one of an earlier layout")
     if kind is not None and checkpoint["kind"] != kind:
         raise UserError(f"{path} holds {checkpoint['kind']} weights where {kind} weights are needed")

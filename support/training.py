@@ -150,7 +150,7 @@ class EpochLog:
 
     def __init__(self, epoch, epochs, images):
         self.epoch, self.epochs, self.share = epoch, epochs, images // cli.world_size()
-        self.started, self.progress = time.time(), cli.Progress()
+        self.started, self.progress = time.perf_counter(), cli.Progress()
         self.loss_sum, self.images, self.hits, self.counted = 0.0, 0, 0, False
 
     def add(self, loss, images, hits=None):
@@ -163,7 +163,7 @@ class EpochLog:
 
     def finish(self, lr):
         """Print the epoch's line; returns its row of the log. UserError for a loss that is not finite."""
-        seconds = time.time() - self.started
+        seconds = time.perf_counter() - self.started
         loss, images, hits = cli.sum_over_processes(float(self.loss_sum), self.images, int(self.hits))
         if not math.isfinite(loss):
             raise UserError(f"the loss is {loss} in epoch {self.epoch}; what was saved before is kept: try "

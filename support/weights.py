@@ -34,7 +34,7 @@ def published_state(path, key="model"):
         found = [name for name in state if isinstance(name, str) and name.endswith(first)]
         if not found:
             continue
-        prefix = found[0].removesuffix(first)
+        prefix, names = found[0].removesuffix(first), list(state)
         state = {name.removeprefix(prefix): value for name, value in state.items()
                  if torch.is_tensor(value) and name.startswith(prefix)}
         if getattr(state.get("pos_embed"), "ndim", 3) != 3:
@@ -42,8 +42,11 @@ def published_state(path, key="model"):
         if not all(value.isfinite().all() for value in state.values()):
             raise UserError(f"{path} holds weights that are not finite")
         others = [name for name in places if name != place]
+        others = others if place in places else []
+        beside = [name for name in names if not str(name).startswith(prefix)]
+        others += [f"{len(beside)} names without it, as {beside[0]}"] if beside else []
         print(f"{path}: took {place}" + (f", without the prefix {prefix!r}" if prefix else "")
-              + (f"; left {', '.join(others)}" if others and place in places else ""))
+              + (f"; left {', '.join(others)}" if others else ""))
         return state
     raise UserError(f"{path} holds no ViT weights under the names of MAE and timm (patch_embed, blocks); "
                     f"it holds: {', '.join(map(str, list(file)[:8])) or 'no dictionary'}")
@@ -104,18 +107,25 @@ def initialize_from_file(model, path, key="model"):
     return left
 
 
+def is_published(source):
+    """Whether this is a file of published weights, not a run's folder or a copy of its checkpoint."""
+    return Path(source).is_file() and not run.is_checkpoint(run.read_weights(source))
+
+
 def load_published(path, kind, args):
     """A model with published weights, and what a checkpoint of ours would say of it.
 
-    args: the flags --data (whose mean and std normalize), --size, and, for what the file of an
-    autoencoder does not show, --task and --[no-]norm-pix.
+    args: the flags --data, --size, and, for what a file does not show, --mean and --std (default:
+    those of --data) and, of an autoencoder, --task and --[no-]norm-pix.
     """
     dataset = args.data or "digits"
     row = data.about(dataset)
     size = args.size or row.size
     key = "model" if kind == "autoencoder" else "classifier"
     state = published_state(path, key)
-    config = dict(SIZES[size], mean=row.mean, std=row.std)
+    config = dict(SIZES[size], mean=tuple(args.mean or row.mean), std=tuple(args.std or row.std))
+    print(f"{path}: taken for a model of images with mean {config['mean']} and std {config['std']}, which "
+          "the file does not show (--mean, --std)")
     if "pos_embed" in state:
         side = math.isqrt(state["pos_embed"].shape[1] - 1)
         config["image_size"] = side * config["patch_size"]
@@ -147,7 +157,7 @@ def load_model(source, kind, device, args):
 
     The folder of a De³ gives its autoencoder, too.
     """
-    if Path(source).is_file():
+    if is_published(source):
         model, checkpoint = load_published(source, kind, args)
     elif kind == "autoencoder" and (held := run.read(source, making=kind).get("autoencoder")):
         model, checkpoint = run.build(held, f"the autoencoder in {source}"), held
@@ -183,6 +193,9 @@ def file_flags(parser):
     add("--norm-pix", action="store_true", default=None, help="of an autoencoder in a file; default: at "
         "patches of 14 pixels and more")
     add("--no-norm-pix", action="store_false", dest="norm_pix", help="the contrary")
+    for name, low in (("mean", 0), ("std", 1e-3)):
+        add(f"--{name}", type=cli.number(float, low, 1), nargs=3, metavar=("R", "G", "B"),
+            help=f"{name} by which a model from a file normalizes, as 0.5 0.5 0.5; default: the data set's")
 
 
 def evaluation_flags(parser, images, runs="runs"):
@@ -283,8 +296,8 @@ def load_defenses(args, device, votes=1):
     Fills in --data, --out and --max-batch, which follow from the first run.
     """
     sources = [*args.runs, args.autoencoder] if args.autoencoder else args.runs
-    if not any(Path(source).is_file() for source in sources):
-        cli.refuse_unused(args, ["size", "task", "norm_pix"], "without a file of weights")
+    if not any(is_published(source) for source in sources):
+        cli.refuse_unused(args, ["size", "task", "norm_pix", "mean", "std"], "without a file of weights")
     tested = []
     for source in args.runs:
         classifier, checkpoint, autoencoder, pretraining = load_run(source, args, device)

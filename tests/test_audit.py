@@ -90,7 +90,7 @@ class TestAudit(unittest.TestCase):
         _, (images, labels) = linear_on_digits()
         with self.short_search():
             checks = seeded(lambda: audit.audit(De3(autoencoder, classifier, 50), images[:25],
-                                                labels[:25], 16 / 255, 2, 1, 2, 400))
+                                                labels[:25], 16 / 255, 5, 1, 2, 400))
         self.assertEqual([name for name, figures, holds in checks if not holds], [])
 
     def test_quantizes(self):

@@ -3,17 +3,21 @@
 import io
 import math
 import os
+import sys
 import unittest
 from unittest import mock
 
 import torch
 
+import pretrain
 from attack import pgd
 from model import De3, MaskAndFill, NoiseOnly, NoiseScale, UserError, add_noise
+from support import cli, data
+from support import run as run_module
 from support.weights import parse_defense
 from tests.helpers import (Result, RunsCode, assert_refused, finished, new_folder,
-                           photo_autoencoder, photo_classifier, photo_flags, photo_runs, process,
-                           random_images, run, small_autoencoder, small_classifier, training)
+                           photo_autoencoder, photo_classifier, photo_flags, photo_runs, photos,
+                           process, random_images, run, small_autoencoder, small_classifier, training)
 
 
 class TestBadArguments(unittest.TestCase):
@@ -267,6 +271,27 @@ class TestBadInput(unittest.TestCase):
             (out / name).mkdir()
         self.refused("attack", photo_classifier(), *flags, says="attack.csv")
         self.refused("defend", "--run", photo_classifier(), *flags, says="defend.png")
+
+    def test_photo_after_the_flags(self):
+        """Taken for a run by --run: said, and where it goes."""
+        photo = photos() / "val" / "red" / "0.png"
+        assert_refused(run("defend", "--run", photo_classifier(), photo), (photo, "before the flags"))
+
+    def test_fewer_images_than_processes(self):
+        """Refused before anything is trained or measured."""
+        images = data.load_dataset("digits", "val", 32)
+        self.assertEqual(len(data.evenly_spread(images, 2, 1, 2)), 1)
+        with self.assertRaisesRegex(UserError, "1 images are too few for 2 processes"):
+            data.evenly_spread(images, 1, 0, 2)
+
+    def test_closed_output(self):
+        """python pretrain.py >&- trains all the same."""
+        out = new_folder() / "nim"
+        with mock.patch.object(sys, "stdout", None), mock.patch("warnings.showwarning"), mock.patch.object(
+                sys, "argv", ["pretrain.py", *map(str, training()), *map(str, photo_flags()),
+                              "--out", str(out)]):
+            cli.run_script(pretrain.main)
+        self.assertEqual(run_module.read(out)["epoch"], 1)
 
     def test_real_process(self):
         folder = new_folder()

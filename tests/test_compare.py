@@ -107,7 +107,7 @@ class TestCompare(WithSmallTable):
         assert_refused(refused,
                        ("python pretrain.py --sigma 120 --out", "pretrain.py --task mim --seed 1",
                                  "--adversarial 16/255", "--keep-visible", "--sigma uniform:0,30"))
-        self.assertEqual(len(self.commands(refused)), 2 * (4 + 8))
+        self.assertEqual(len(self.commands(refused)), 2 * (4 + 9))
         refused = run("studies.compare", "color", "--data", photos(), "--at", self.folder)
         assert_refused(refused, (f"--data {photos()}", "--adversarial 4/255", "--sigma uniform:50,150"))
         self.assertEqual(len(self.commands(refused)), 2 + 7)
@@ -337,7 +337,8 @@ def compared_row(words="De³", level="σ = 50", seed="0", one_shot="40", **chang
 class TestPlot(unittest.TestCase):
     def choose(self, rows, attack=None, eps=None, threat=None):
         """(the points of the rows that are drawn, the title, what is printed of those left out)."""
-        args = argparse.Namespace(attack=attack, eps=eps, threat=threat, against_clean=False)
+        args = argparse.Namespace(attack=attack, eps=eps, threat=threat, against_clean=False,
+                                  ladder=False)
         with contextlib.redirect_stdout(io.StringIO()) as out:
             chosen = plot.choose_rows(copy.deepcopy(rows), args)
         return plot.points_of(chosen, ("one_shot",)), plot.title_of(chosen, args), out.getvalue()

@@ -141,6 +141,16 @@ def small_cifar10():
         os.chdir(here)
 
 
+class TestSeeds(unittest.TestCase):
+    def test_large_seed(self):
+        """Up to what --seed takes: photographs are augmented, each seed in its own way."""
+        images = data.Transformed(data.open_folder(str(photos()), "train"),
+                                  training.pretrain_transform(32))
+        drawn = [images[seed, 3, 0][0] for seed in (10**9, 10**9, 10**9 - 1, 20_000)]
+        self.assertTrue(torch.equal(drawn[0], drawn[1]))
+        self.assertFalse(torch.equal(drawn[0], drawn[2]) or torch.equal(drawn[0], drawn[3]))
+
+
 class TestFolders(unittest.TestCase):
     """A folder of your own, and CIFAR-10."""
 

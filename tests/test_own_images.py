@@ -1,15 +1,20 @@
 """Folders of images as people have them: what counts, what is decided by it, and what may change."""
 
 import contextlib
+import io
+import os
 import shutil
 import unittest
+from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
+from model import UserError
 from support import data
 from tests.helpers import (assert_refused, assert_same_run, copy_of_photos, cut_after, finished,
-                           new_folder, photo_autoencoder, photo_flags, read_csv, run, saved, training)
+                           new_folder, photo_autoencoder, photo_flags, photos, read_csv, run, saved,
+                           training)
 
 
 def write_images(folder, names, size):
@@ -58,6 +63,48 @@ class TestWhatCounts(unittest.TestCase):
         out = new_folder() / "run"
         finished(run("pretrain", *training(epochs), *photo_flags(), "--out", out))
         return out
+
+    def test_thumbnails_of_a_network_drive(self):
+        """@eaDir, beside the classes and in them, is no class and no image."""
+        folder = copy_of_photos()
+        before = data.open_folder(str(folder), "train")
+        for at in (folder / "train", folder / "train" / "red"):
+            write_images(at / "@eaDir" / "0.png", ["THUMB_M.png"], (9, 9))
+        after = data.open_folder(str(folder), "train")
+        self.assertEqual((after.classes, after.samples), (before.classes, before.samples))
+
+    def test_one_class(self):
+        """Classes that lie one folder deeper are not trained as one class."""
+        folder = new_folder()
+        for split in ("train", "val"):
+            shutil.copytree(photos() / split, folder / split / "images")
+        autoencoder = photo_autoencoder()
+        assert_refused(run("finetune", "--autoencoder", autoencoder, "--data", folder, *training(),
+                           "--mode", "clean", "--workers", 0, "--out", folder / "out"),
+                       ("one class folder only, images", "deeper"))
+
+    def test_test_folder_without_classes(self):
+        """As contests give it: refused, with the way out."""
+        folder = copy_of_photos()
+        write_images(folder / "test", ["0.png"], (32, 32))
+        with self.assertRaisesRegex(UserError, "--split val"):
+            data.open_folder(str(folder), "test")
+
+    def test_name_of_a_data_set(self):
+        """A folder that is called like a data set is not taken, and that is said; ~ is the home."""
+        folder = new_folder()
+        (folder / "digits" / "train").mkdir(parents=True)
+        self.addCleanup(os.chdir, os.getcwd())
+        os.chdir(folder)
+        with contextlib.redirect_stdout(io.StringIO()) as out:
+            self.assertEqual(data.dataset_name("digits"), "digits")
+            self.assertEqual(data.dataset_name("./digits"), str((folder / "digits").resolve()))
+        self.assertIn("--data ./digits", out.getvalue())
+        os.chdir(folder / "digits")
+        with contextlib.redirect_stdout(io.StringIO()) as out:
+            data.dataset_name("digits")
+        self.assertEqual(out.getvalue(), "")
+        self.assertEqual(data.dataset_name("~/x"), str(Path("~/x").expanduser().resolve()))
 
     def test_nothing_to_find(self):
         """A folder without classes, or a class without images, is named."""

@@ -42,7 +42,8 @@ class TestPgdOptions(unittest.TestCase):
                             eot=int(choice.integers(1, 3)), loss=("ce", "margin")[trial // 2 % 2],
                             random_start=bool(trial % 3), targets=self.labels.flip(0)
                             if trial % 4 == 0 else None, step_size=(None, 10.0)[trial // 4 % 2])
-            with self.subTest(norm=norm, eps=eps, **settings):
+            with self.subTest(norm=norm, eps=eps, **settings), warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # of the step size of 10
                 x = pgd(self.model, self.images, self.labels, eps, norm=norm, **settings)
                 self.assertTrue(0 <= x.min() and x.max() <= 1 and not x.requires_grad)
                 delta = (x - self.images).flatten(1)
@@ -311,6 +312,16 @@ class TestPgdWarnings(unittest.TestCase):
                 for text in said:
                     self.assertIn(f"{steps} steps of ", text)
                     self.assertIn("cannot cross the ball of radius 0.0627 (16/255)", text)
+
+    def test_steps_that_are_too_large(self):
+        """2 for 2/255: from corner to corner of the ball."""
+        images, labels = random_images(4, 3, 4, 4, low=0.3, high=0.7), torch.zeros(4, dtype=torch.long)
+        for steps, step_size, warned in ((20, 2.0, True), (20, 8 / 255, False), (2, None, False),
+                                         (1, 1.0, False)):
+            with warnings.catch_warnings(record=True) as caught:
+                warnings.simplefilter("always")
+                pgd(Linear(), images, labels, 8 / 255, steps, step_size)
+            self.assertEqual(any("510/255" in str(one.message) for one in caught), warned)
 
     def test_training_mode(self):
         """Batch norm, dropout, drop path act in it: said; without them a model is the same in both."""

@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import io
+import shutil
 import unittest
 import zipfile
 from unittest import mock
@@ -16,7 +17,7 @@ from support import run as run_module
 from support.weights import resize_pos_embed
 from tests.helpers import (RunsCode, assert_near, assert_refused, finished, new_folder,
                            photo_autoencoder, photo_classifier, photo_flags, photos, random_images,
-                           read_csv, run, small_autoencoder, small_classifier, training)
+                           read_csv, run, saved, small_autoencoder, small_classifier, training)
 
 
 class TestInitialize(unittest.TestCase):
@@ -69,7 +70,7 @@ class FilesOfWeights(unittest.TestCase):
 
     def load(self, path, kind="classifier", **flags):
         """What load_model makes of a file: (model, checkpoint, what it says)."""
-        args = argparse.Namespace(**{**dict(size="tiny", data="digits", task="nim", norm_pix=None),
+        args = argparse.Namespace(**{**dict(size="tiny", data="digits", task="nim", norm_pix=None, mean=None, std=None),
                                      **flags})
         with contextlib.redirect_stdout(io.StringIO()) as out:
             model, checkpoint = weights.load_model(path, kind, "cpu", args)
@@ -306,6 +307,35 @@ class TestWhatPeopleHave(FilesOfWeights):
             self.assertIn(b"numpy.core.multiarray\nscalar", written.read(pickled))
         self.assert_taken(old)
 
+    def test_two_models_in_one_file(self):
+        """One of a teacher and a student is taken, and the other mentioned."""
+        state, others = self.classifier.state_dict(), small_classifier(7, **TINY, num_classes=3).state_dict()
+        both = {**{f"student.{name}": value for name, value in state.items()},
+                **{f"teacher.{name}": value for name, value in others.items()}}
+        self.assert_taken(self.save(both), "without the prefix 'student.'",
+                          f"left {len(others)} names without it, as teacher.")
+
+    def test_copy_of_a_run(self):
+        """A checkpoint under another name is still a whole run: defense, classes, norm_pix and all."""
+        classifier, autoencoder = self.folder / "checkpoint (1).pt", self.folder / "nim_best.pt"
+        shutil.copy(photo_classifier() / "checkpoint.pt", classifier)
+        shutil.copy(photo_autoencoder() / "checkpoint.pt", autoencoder)
+        tables = []
+        for source in (classifier, photo_classifier()):
+            finished(run("attack", source, "--attack", "fgsm", "--sigma", 0, 20, "--images", 6,
+                         "--workers", 0, "--out", self.folder / f"table{len(tables)}"))
+            tables.append(read_csv(self.folder / f"table{len(tables)}" / "attack.csv"))
+        columns = ("defense", "level", "clean_accuracy", "robust_accuracy", "weights", "data")
+        found, expected = [[[row[name] for name in columns] for row in table] for table in tables]
+        self.assertEqual(found, expected)
+        self.assertIn("De³", found[0][0])
+        assert_refused(run("attack", classifier, "--size", "tiny"), "--size")
+        finished(run("finetune", "--autoencoder", autoencoder, *training(), "--workers", 0, "--out",
+                     self.folder / "de3"))
+        config = saved(self.folder / "de3")["autoencoder"]["config"]
+        self.assertEqual(config, saved(photo_autoencoder())["config"])
+        assert_refused(run("finetune", "--autoencoder", autoencoder, "--no-norm-pix"), "--norm-pix")
+
     def test_object_that_could_run_code(self):
         """Named, so that it can be left out of the file; nothing of it runs."""
         trace = self.folder / "trace"
@@ -315,11 +345,17 @@ class TestWhatPeopleHave(FilesOfWeights):
         self.assertFalse(trace.exists())
 
     def test_mean_and_std(self):
-        """Those of --data, which a file does not show."""
+        """Those of --data, which a file does not show, and which is said; or those of the flags."""
         path = self.save(self.classifier.state_dict())
         for dataset in ("digits", "cifar10"):
-            model, _, _ = self.load(path, data=dataset)
+            model, _, said = self.load(path, data=dataset)
             assert_near(model.mean.flatten(), torch.tensor(data.DATASETS[dataset].mean))
+            self.assertIn(f"mean {data.DATASETS[dataset].mean}", said)
+        model, checkpoint, said = self.load(path, mean=[0.5, 0.4, 0.3], std=[0.2, 0.1, 0.5])
+        assert_near(model.mean.flatten(), torch.tensor([0.5, 0.4, 0.3]))
+        assert_near(model.std.flatten(), torch.tensor([0.2, 0.1, 0.5]))
+        self.assertIn("std (0.2, 0.1, 0.5)", said)
+        assert_near(run_module.build(checkpoint).std.flatten(), torch.tensor([0.2, 0.1, 0.5]))
 
 
 if __name__ == "__main__":

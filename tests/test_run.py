@@ -1,6 +1,7 @@
 """A checkpoint is read, built and loaded with care, and knows the code that it was made by."""
 
 import argparse
+import ast
 import math
 import pickle
 import subprocess
@@ -226,6 +227,23 @@ class TestCode(unittest.TestCase):
             with self.subTest(change):
                 self.assertNotEqual(self.digest(*change), whole)
         self.assertEqual(run_module.digest_of_file(new_folder() / "none.py"), "missing")
+
+    def test_digest_in_other_pythons(self):
+        """Known values: what Python 3.10 to 3.13 write of a syntax tree differs, the digest does not."""
+        known = new_folder() / "code.py"
+        known.write_text('def f(a, *b):\n    return f"{a:>{b}} {a!r:{b[0]}.3}" + f"{b[\'x\']}" f"", None, []\n')
+        self.assertEqual(run_module.digest_of_file(known), "ce71afa28fcf")
+        run_module.digest_of_file.cache_clear()
+        without, with_text = "f'{a:{b}}'", ast.parse("f'{a:{b}}'")
+        spec, = [node for node in ast.walk(with_text) if isinstance(node, ast.FormattedValue)
+                 and node.format_spec]
+        spec.format_spec.values.append(ast.Constant(""))  # as Python 3.12 does
+        known.write_text(without)
+        expected = run_module.digest_of_file(known)
+        run_module.digest_of_file.cache_clear()
+        with mock.patch("ast.parse", return_value=with_text):
+            self.assertEqual(run_module.digest_of_file(known), expected)
+        run_module.digest_of_file.cache_clear()
 
     def test_commit(self):
         """Of the checkout, with a mark for uncommitted changes; nothing where git knows none."""

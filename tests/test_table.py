@@ -16,8 +16,8 @@ import attack
 from model import De3, MaskAndFill, NoiseOnly, UserError
 from support import data, report, weights
 from support import run as run_module
-from tests.helpers import (assert_near, assert_refused, digits_runs, finished, new_folder, random_images,
-                           read_csv, run, small_autoencoder, small_classifier)
+from tests.helpers import (assert_near, assert_refused, digits_runs, finished, new_folder, photo_classifier,
+                           random_images, read_csv, run, small_autoencoder, small_classifier)
 
 
 class TestTable(unittest.TestCase):
@@ -107,6 +107,15 @@ class TestRows(unittest.TestCase):
         for row, step in zip(read_csv(out / "attack.csv"), ("0.00784314", "0")):
             self.assertEqual((row["eps"], row["step_size"]), ("0", step))
             self.assertEqual(row["robust_accuracy"], row["clean_accuracy"])
+
+    def test_table_that_cannot_be_written(self):
+        """What was measured was shown before; the clock may be coarse, or set back."""
+        with mock.patch.object(report, "append_row", side_effect=UserError("could not save")), \
+                mock.patch("time.time", return_value=0.0):
+            refused = run("attack", photo_classifier("clean"), "--attack", "fgsm", "--images", 4, "--eps",
+                          "8/255", "--workers", 0, "--out", new_folder())
+        assert_refused(refused, "could not save")
+        self.assertRegex(refused.out, r"undefended +8/255 +fgsm +[\d.]+ \[")
 
     def test_rows_say_where_they_come_from(self):
         """Commit, code, weights (autoencoder included), data and the pixels that were attacked."""

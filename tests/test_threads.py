@@ -1,5 +1,7 @@
 """Tiny models use the number of CPU threads that pays at this moment, and a resumed run repeats it."""
 
+import contextlib
+import io
 import time
 import unittest
 
@@ -29,7 +31,9 @@ class TestThreads(unittest.TestCase):
     def test_as_an_earlier_run(self):
         for wanted, chosen in ((1, 1), (2, 2), (8, 2)):  # never more than the user allows
             torch.set_num_threads(2)
-            self.assertEqual(cli.choose_threads(self.slow_with(2), CPU, wanted), chosen)
+            with contextlib.redirect_stdout(io.StringIO()) as out:
+                self.assertEqual(cli.choose_threads(self.slow_with(2), CPU, wanted), chosen)
+            self.assertEqual("OMP_NUM_THREADS=8" in out.getvalue(), wanted == 8)
             self.assertEqual(torch.get_num_threads(), chosen)
 
     def test_one_allowed(self):

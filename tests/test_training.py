@@ -131,7 +131,7 @@ class TestLog(unittest.TestCase):
     def finish_epoch(self, epoch, hits, seconds=2.0):
         """An epoch of two micro-batches of 10 images, with mean losses 1 and 2: (its row, its line)."""
         out = io.StringIO()
-        with mock.patch("time.time", return_value=1000.0) as now, contextlib.redirect_stdout(out):
+        with mock.patch("time.perf_counter", return_value=1000.0) as now, contextlib.redirect_stdout(out):
             log = training.EpochLog(epoch, 42, 20)
             now.return_value += seconds
             for loss in (1.0, 2.0):
@@ -165,7 +165,7 @@ class TestLog(unittest.TestCase):
     def test_progress_on_a_terminal(self):
         """One line that is rewritten, not too often, and removed before a lasting one."""
         with mock.patch("sys.stdout", Terminal()) as out, \
-                mock.patch("time.time", return_value=1000.0) as now:
+                mock.patch("time.perf_counter", return_value=1000.0) as now:
             progress = cli.Progress(every=0.5)
             progress.show("a long text")
             progress.show("comes too soon")
