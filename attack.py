@@ -365,20 +365,30 @@ def plan_table(args, tested, images, images_in_all):
     return cells
 
 
-def measure(cell, args, batches, images_in_all, device, show):
-    """Clean and robust accuracy of a cell, both in percent over all processes, and its seconds."""
+def percent(correct, images_in_all):
+    """The share of correct draws of each image, as a percentage over the images of all processes."""
+    return 100 * cli.sum_over_processes(correct.sum().item())[0] / images_in_all
+
+
+def measure_clean(cell, args, batches, device):
+    """The share of correct draws of each clean image, [N]: the same for every attack on a defense."""
+    draws = DRAWS if cell.random else 1
+    training.seed_epoch(args.seed, 0)
+    with cli.autocast(args.bf16, device):
+        return torch.cat([accuracy(cell.one.model, images, labels, draws) for images, labels in batches])
+
+
+def measure_robust(cell, args, batches, device, show):
+    """(the share of correct draws of each attacked image, [N]; seconds)."""
     model, draws = cell.one.model, DRAWS if cell.random else 1
     attacked = model if args.threat == "white" else cell.one.classifier
+    attack = ATTACKS[cell.name.removesuffix("+eot")].run
+    training.seed_epoch(args.seed, 0)
+    started = time.perf_counter()
     with cli.autocast(args.bf16, device):
-        training.seed_epoch(args.seed, 0)
-        clean = torch.cat([accuracy(model, images, labels, draws) for images, labels in batches])
-        training.seed_epoch(args.seed, 0)
-        started = time.perf_counter()
-        robust = attack_batches(ATTACKS[cell.name.removesuffix("+eot")].run, model, attacked, batches,
-                                cell.eps, args.norm, args.loss, draws, cell.settings, show)
-        seconds = time.perf_counter() - started
-    clean, robust = cli.sum_over_processes(clean.sum().item(), robust.sum().item())
-    return 100 * clean / images_in_all, 100 * robust / images_in_all, seconds
+        correct = attack_batches(attack, model, attacked, batches, cell.eps, args.norm, args.loss, draws,
+                                 cell.settings, show)
+    return correct, time.perf_counter() - started
 
 
 def main():
@@ -398,13 +408,17 @@ def main():
           f"{DRAWS} draws, seed {args.seed}; accuracy in % [95% interval]; takes at most about "
           f"{cli.minutes(sum(cell.seconds for cell in cells))} minutes\n\n{'defense':{width}} "
           f"{'eps':>7}  {'attack':8} {'clean':>19} {'robust':>19} {'seconds':>8}   gradients/s")
+    clean_of = {}
     for cell in cells:
         one, settings = cell.one, cell.settings
+        if one.words not in clean_of:
+            clean_of[one.words] = percent(measure_clean(cell, args, batches, device), images_in_all)
         ball = f"{255 * cell.eps:.4g}/255" if args.norm == "linf" else f"{cell.eps:g}"
-        clean, robust, seconds = measure(
-            cell, args, batches, images_in_all, device,
+        correct, seconds = measure_robust(
+            cell, args, batches, device,
             lambda text, done: progress.show(f"{one.words}, {ball}, {cell.name}: {text}", done))
         progress.clear()
+        clean, robust = clean_of[one.words], percent(correct, images_in_all)
         speed = f"{images_in_all * gradients_of_image(settings, args) / seconds:.0f}"
         print(f"{one.words:{width}} {ball:>7}  {cell.name:8} {report.interval(clean, images_in_all):>19} "
               f"{report.interval(robust, images_in_all):>19} {seconds:8.1f} "
