@@ -81,7 +81,7 @@ def fill_in_recipe(args, device, behind_mim):
 def settle(args, device):
     """Every setting of the run: from its checkpoint with --resume, else flags, autoencoder and recipe.
 
-    Returns the autoencoder, or None where nothing of it is needed, and what is known of it.
+    Returns the autoencoder, frozen, or None where nothing of it is needed, and what is known of it.
     """
     args.from_scratch = args.from_scratch or args.arch != "vit"
     if args.mode is None:
