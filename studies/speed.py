@@ -161,8 +161,8 @@ def workloads(autoencoder, classifier, plain, images, labels, max_batch):
 
 def measure(calls, seconds, device):
     """{name: (seconds of the fastest call, peak bytes)}: all in turns, twice at least."""
-    times, peaks, end = {name: [] for name in calls}, {}, time.perf_counter() + seconds * len(calls)
-    while time.perf_counter() < end or any(len(of_one) < 2 for of_one in times.values()):
+    times, peaks, end = {name: [] for name in calls}, {}, time.time() + seconds * len(calls)
+    while time.time() < end or any(len(of_one) < 2 for of_one in times.values()):
         for name, call in calls.items():
             if device.type == "cuda":
                 torch.cuda.reset_peak_memory_stats(device)
