@@ -17,7 +17,9 @@ import argparse
 from pathlib import Path
 from statistics import mean, stdev
 
+import attack
 from model import UserError
+from studies import compare
 from support import cli, report, run
 
 SHOWN = ("undefended", "adversarial training 16/255", "adversarial training 4/255", "noise only", "De³",
@@ -66,7 +68,11 @@ def choose_rows(rows, args):
                           f"of another {name}")
     if not chosen:
         raise UserError("the table holds no row of that attack")
-    last = chosen[-1]
+    code = run.digest_of_files(attack.CODE if "attack" in chosen[-1] else compare.CODE)
+    todays = [row for row in chosen if row.get("code") == code]
+    if not todays:
+        print(f"note: no row was measured by the code of today; drawn: commit {chosen[-1].get('commit')}")
+    last = (todays or chosen)[-1]
     for name in ONE_ATTACK if "attack" in last else (*ONE_ATTACK, "eot"):
         chosen = keep([row for row in chosen if row.get(name, "") == last.get(name, "")],
                       f"whose {name} is not {last.get(name, '')}")

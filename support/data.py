@@ -39,7 +39,7 @@ from support import cli, training
 DIGITS_FILE = Path(__file__).parents[1] / "assets" / "digits.npz"
 SMALL = 64  # pixels: up to here images are kept in memory, and a folder of such images is small
 MEMORY = 2 * 10**9  # bytes, at most, of a data set in memory
-VALIDATION_IMAGES = 500  # of each class of CIFAR-10
+VALIDATION_SHARE = 0.1  # of the training images of each class of a CIFAR
 HELDOUT_IMAGES = 1000  # validation images, at most, on which the training stages show their result
 FORMATS = ("JPEG", "PNG", "BMP", "PPM", "TIFF", "WEBP")  # Pillow hands some others to other programs
 SPLITS = ("train", "val", "test")
@@ -154,11 +154,11 @@ def open_folder(name, split):
 
 
 def of_each_class(dataset, split):
-    """The last 500 images of each class for "val", the others for "train"; order and classes stay."""
+    """The last tenth of each class for "val", the others for "train"; order and classes stay."""
     seen, chosen = [0] * len(dataset.classes), []
     totals = torch.tensor(dataset.targets).bincount().tolist()
     for index, label in enumerate(dataset.targets):
-        is_validation = seen[label] >= totals[label] - VALIDATION_IMAGES
+        is_validation = seen[label] >= totals[label] - round(VALIDATION_SHARE * totals[label])
         seen[label] += 1
         if is_validation == (split == "val"):
             chosen.append(index)

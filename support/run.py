@@ -91,9 +91,10 @@ def provenance(files):
 
 
 def changed_files(checkpoint):
-    """The files whose code is not the one that last trained this run."""
-    code = checkpoint["made_by"][-1]["code"]
-    return [name for name, digest in digests(code).items() if digest != code[name]]
+    """The files whose code is not the one that trained this run, all of its epochs."""
+    changed = {name for made in checkpoint["made_by"] for name, digest in digests(made["code"]).items()
+               if digest != made["code"][name]}
+    return sorted(changed)
 
 
 def say_made_by_other_code(folder, checkpoint):
@@ -248,9 +249,12 @@ def origin_of_row(model, files):
     own = [inspect.getsourcefile(kind) for kind in type(model).__mro__ if kind.__module__ != "builtins"]
     own = [Path(name).resolve() for name in own if name]
     own = [path.relative_to(REPOSITORY).as_posix() for path in own if path.is_relative_to(REPOSITORY)]
-    code = digests(sorted({*files, *own}))
-    digest = hashlib.sha256(repr(sorted(code.items())).encode()).hexdigest()[:12]
-    return dict(weights=fingerprint(model), code=digest, commit=commit())
+    return dict(weights=fingerprint(model), code=digest_of_files({*files, *own}), commit=commit())
+
+
+def digest_of_files(files):
+    """One digest of the code of several files, as it is today."""
+    return hashlib.sha256(repr(sorted(digests(files).items())).encode()).hexdigest()[:12]
 
 
 # ------------------------------------------------------------------------------ a run in training

@@ -274,7 +274,10 @@ def put_in_front(source, classifier, checkpoint, autoencoder, chosen, votes=1):
                 raise UserError(f"{source} holds no autoencoder for {DEFENSES[name].title}: give one with "
                                 "--autoencoder RUN")
             options = checkpoint["options"] if name == checkpoint["defense"] else {}
-            defense = DEFENSES[name](autoencoder, classifier, level, votes=votes, **options).eval()
+            try:
+                defense = DEFENSES[name](autoencoder, classifier, level, votes=votes, **options).eval()
+            except ValueError as error:  # a level that is none
+                raise UserError(f"{name} cannot be made at level {level!r}: {error}") from None
         tested.append(Tested(describe(checkpoint, defense), Path(source).as_posix(),
                              defense.level if name else "off", classifier, defense, checkpoint))
     return tested
@@ -295,6 +298,8 @@ def load_defenses(args, device, votes=1):
 
     Fills in --data, --out and --max-batch, which follow from the first run.
     """
+    if args.defense:
+        cli.refuse_unused(args, ["sigma", "mask_ratio"], "beside --defense, which takes levels, as de3:50")
     sources = [*args.runs, args.autoencoder] if args.autoencoder else args.runs
     if not any(is_published(source) for source in sources):
         cli.refuse_unused(args, ["size", "task", "norm_pix", "mean", "std"], "without a file of weights")

@@ -339,9 +339,18 @@ class TestPlot(unittest.TestCase):
         """(the points of the rows that are drawn, the title, what is printed of those left out)."""
         args = argparse.Namespace(attack=attack, eps=eps, threat=threat, against_clean=False,
                                   ladder=False)
-        with contextlib.redirect_stdout(io.StringIO()) as out:
+        with contextlib.redirect_stdout(io.StringIO()) as out, \
+                mock.patch.object(plot.run, "digest_of_files", return_value="c"):
             chosen = plot.choose_rows(copy.deepcopy(rows), args)
         return plot.points_of(chosen, ("one_shot",)), plot.title_of(chosen, args), out.getvalue()
+
+    def test_code_of_today(self):
+        """Rows of today's code are drawn, also where a later row has another; else it is said."""
+        rows = [compared_row(code=code) for code in ("c", "old")]
+        _, _, printed = self.choose(rows)
+        self.assertIn("whose code is not c", printed)
+        _, _, printed = self.choose(rows[1:])
+        self.assertIn("no row was measured by the code of today", printed)
 
     def test_one_attack(self):
         """With EOT where nothing else is honest; one curve over sigma; FGSM is another attack."""
@@ -370,6 +379,8 @@ class TestPlot(unittest.TestCase):
                 self.assertRegex(printed, rf"left out: {number} rows .*{name}")
                 expected = {defense: {level: [(77, 77)] for level in levels}
                             for defense, levels in POINTS.items()}
+                if name == "code":  # that of today is drawn, wherever it stands
+                    expected = POINTS
                 self.assertEqual(self.choose(ATTACKED + others)[0], expected)
 
     def test_chosen_by_flags(self):

@@ -127,6 +127,9 @@ def make_cifar10(folder, images_of_a_class=6):
         pickle.dump({"label_names": [f"class{i}" for i in range(10)]}, file)
 
 
+TRAINING_IMAGES = 30  # of each class of the made-up CIFAR-10
+
+
 @contextlib.contextmanager
 def small_cifar10():
     """Work in a folder with made-up CIFAR-10 files, whose checksums are not looked at."""
@@ -135,7 +138,7 @@ def small_cifar10():
     os.chdir(folder)
     try:
         with mock.patch("torchvision.datasets.cifar.check_integrity", return_value=True), \
-                mock.patch.object(data, "VALIDATION_IMAGES", 3):
+                mock.patch.object(data, "VALIDATION_SHARE", 3 / TRAINING_IMAGES):
             yield folder
     finally:
         os.chdir(here)
