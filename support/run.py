@@ -296,7 +296,10 @@ class Run:
     """
 
     def __init__(self, args, kind, files):
-        self.folder, self.settings, self.epochs = args.out, settings_of(args), args.epochs
+        row = data.about(args.data)
+        augmented = [getattr(how, "__name__", None) for how in (row.pretrain_augment, row.finetune_augment)]
+        of_data = dict(statistics=str((row.mean, row.std)), augmentation=str(augmented))
+        self.folder, self.settings, self.epochs = args.out, {**settings_of(args), **of_data}, args.epochs
         self.kind, self.files, self.saved, self.loaded_back = kind, files, None, False
         if args.dry_run:
             return

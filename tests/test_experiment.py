@@ -23,6 +23,17 @@ def accuracies(table):
 
 
 class TestEditedCode(unittest.TestCase):
+    def test_edited_statistics(self):
+        """Another mean in DATASETS is another setting, although support/data.py is in no digest."""
+        flags = ("pretrain", *training(1, 64), "--out", new_folder() / "nim")
+        finished(run(*flags))
+        edited = data.DATASETS["digits"]._replace(mean=(0.5, 0.5, 0.5))
+        with mock.patch.dict(data.DATASETS, digits=edited):
+            data.about.cache_clear()  # as in a new process
+            assert_refused(run(*flags), ("statistics", "--resume", "--overwrite", "--out"))
+        data.about.cache_clear()
+        self.assertIn("finished run kept", finished(run(*flags)).out)
+
     def test_edit_and_rerun(self):
         """A copy of the repository is edited between two starts of the same commands."""
         code, runs = new_folder() / "code", new_folder()
