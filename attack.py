@@ -330,6 +330,7 @@ class Cell(NamedTuple):
     settings: dict
     seconds: float  # about how long it will take
 
+
 def attack_settings(args, name, eps, random):
     """The arguments of an attack for one row of the table; random: the defense needs EOT."""
     base = name.removesuffix("+eot")

@@ -16,7 +16,7 @@ import sys
 
 import torch
 
-from attack import accuracy, check_adversarial, margin, objective, pgd, strongest
+from attack import accuracy, check_adversarial, check_logits, margin, objective, pgd, strongest
 from model import UserError
 from studies.square import square_search
 from support import cli, training, weights
@@ -112,7 +112,9 @@ def audit(defense, images, labels, eps, steps, eot, draws, max_batch, others=(),
 
         def gradient_of(a, b):
             a = a.detach().requires_grad_()
-            loss = objective(defense(a), b, None, "ce").sum()
+            logits = defense(a)
+            check_logits(logits)
+            loss = objective(logits, b, None, "ce").sum()
             return torch.autograd.grad(loss, a, allow_unused=True, materialize_grads=True)[0]
         gradient = in_batches(gradient_of, images, labels, max_batch)
     compare("accuracy is the same while gradients are taken", clean, watched, both_ways=True)

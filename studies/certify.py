@@ -44,11 +44,24 @@ def lower_bound(hits, draws, alpha=ALPHA):
     return low
 
 
+def adds_gaussian_noise(defense, images):
+    """Whether a De³ at fixed sigma adds ε·σ/255, ε ~ N(0, I), and nothing else to these images."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        sigma = defense.sigma.draw(len(images), images.device).view(-1, 1, 1, 1)
+        expected = images + torch.randn_like(images) * sigma / 255
+        torch.manual_seed(0)
+        return torch.allclose(defense.add_noise(images), expected, atol=1e-5)
+
+
 def check_certifiable(defense):
     """UserError where the theorem does not apply."""
     fixed = isinstance(defense, De3) and defense.sigma.fixed
     if not fixed or not defense.is_random:
         raise UserError("a certificate needs Gaussian noise: De³ or noise only at one --sigma above 0")
+    if not adds_gaussian_noise(defense, torch.full((4, 3, 32, 32), 0.5)):
+        raise UserError("no certificate: add_noise in model.py does not add the Gaussian ε·σ/255 that the "
+                        "theorem is about")
     if defense.autoencoder is not None and defense.autoencoder.norm_pix:
         raise UserError("no certificate with norm_pix: it carries patch statistics of the image around "
                         "the noise")

@@ -29,6 +29,7 @@ import torch
 
 from attack import accuracy, is_random, pgd
 from model import UserError
+from studies.certify import adds_gaussian_noise
 from studies.tables import TABLES, choose, folder_of, missing_commands
 from support import cli, data, report, run, training, weights
 
@@ -47,11 +48,17 @@ def tries(model, images, labels, random):
 
 
 def with_known_noise(defense, images, labels, eps, steps, max_batch):
-    """(clean, robust) accuracy of each image where the attacker knows the noise: the mean of 3."""
+    """(clean, robust) accuracy of each image where the attacker knows the noise: the mean of 3.
+
+    UserError for a defense that goes on drawing noise of its own, or another one than ε·σ/255.
+    """
     clean, robust = [], []
     for _ in range(KNOWN_NOISES):
         fixed = copy.copy(defense)
         fixed.noise = torch.randn_like(images[0])
+        if is_random(fixed, images) or not adds_gaussian_noise(defense, images):
+            raise UserError(f"{defense.title} does not add the noise ε·σ/255 that it is given: known noise "
+                            "cannot be read; change with_known_noise in studies/compare.py with it")
         adversarial = pgd(fixed, images, labels, eps, 2 * steps, early_stop=True, max_batch=max_batch)
         clean.append(accuracy(fixed, images, labels, 1))
         robust.append(accuracy(fixed, adversarial, labels, 1))

@@ -45,12 +45,23 @@ def points_of(rows, readings):
         if "one_shot" in row:
             robust = min(float(row[name]) for name in readings if row[name])
             values = float(row["clean"]), robust
-            name = row["defense"]
         else:
             values = float(row["clean_accuracy"]), float(row["robust_accuracy"])
-            name = row["defense"].replace(f" {row['level']}", "")
-        points.setdefault(name, {}).setdefault(row["level"], []).append(values)
+        name, level = name_of(row), row["level"]
+        if sigma_of(level) is None:  # a line of its own, as JPEG at each quality
+            name, level = f"{name}, {level}", "off"
+        points.setdefault(name, {}).setdefault(level, []).append(values)
     return points
+
+
+def name_of(row):
+    """What a row's curve is called: the defense without its level."""
+    return row["defense"] if "one_shot" in row else row["defense"].replace(f" {row['level']}", "")
+
+
+def curve_of(row):
+    """What rows of the same weights have in common: run, name, and, in compare.csv, the training's seed."""
+    return row.get("run"), name_of(row), row["seed"] if "one_shot" in row else ""
 
 
 def choose_rows(rows, args):
@@ -73,6 +84,9 @@ def choose_rows(rows, args):
     if not todays:
         print(f"note: no row was measured by the code of today; drawn: commit {chosen[-1].get('commit')}")
     last = (todays or chosen)[-1]
+    latest_weights = {curve_of(row): row.get("weights") for row in chosen}
+    chosen = keep([row for row in chosen if row.get("weights") == latest_weights[curve_of(row)]],
+                  "of weights that were trained anew since")
     for name in ONE_ATTACK if "attack" in last else (*ONE_ATTACK, "eot"):
         chosen = keep([row for row in chosen if row.get(name, "") == last.get(name, "")],
                       f"whose {name} is not {last.get(name, '')}")
@@ -95,8 +109,13 @@ def choose_rows(rows, args):
 
 
 def sigma_of(level):
-    """The number in "σ = 50"; -1 for "off"."""
-    return float(level.removeprefix("σ = ")) if level.startswith("σ") else -1.0
+    """The number in "σ = 50"; -1 for "off"; None for any other level, as "σ = uniform:0,50"."""
+    if level == "off":
+        return -1.0
+    try:
+        return float(level.removeprefix("σ = "))
+    except ValueError:
+        return None
 
 
 def new_figure(height):

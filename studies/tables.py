@@ -84,11 +84,15 @@ def missing_commands(table, chosen, at, seeds, dataset):
         common += f" --seed {seed}" if seed else ""
         for entry in chosen:
             pretrained, trained = here / entry.autoencoder, here / entry.run
-            for name in filter(None, (entry.autoencoder, entry.in_front)):
+            is_trained = (trained / "checkpoint.pt").exists()
+            needed = [] if is_trained else [entry.autoencoder]  # a trained run holds all it needs
+            if entry.in_front:
+                needed.append(entry.in_front)
+            for name in needed:
                 if not (here / name / "checkpoint.pt").exists():
                     commands[f"python pretrain.py {table.pretraining[name]}{common} "
                              f"--out {shlex.quote(str(here / name))}"] = None
-            if not (trained / "checkpoint.pt").exists():
+            if not is_trained:
                 commands[f"python finetune.py --autoencoder {shlex.quote(str(pretrained))} "
                          f"{entry.flags} --out {shlex.quote(str(trained))}"] = None
     return [command.replace("  ", " ") for command in commands]

@@ -276,7 +276,8 @@ def take_settings(args, kind):
         return None
     checkpoint = read(args.out, kind)
     saved, here = checkpoint["settings"], settings_of(args)
-    moved = "data" in args.given and not Path(saved["data"]).exists() and Path(here["data"]).exists()
+    was_folder = saved["data"] not in data.DATASETS
+    moved = was_folder and "data" in args.given and not Path(saved["data"]).exists()
     for name in sorted(args.given & here.keys()):
         if here[name] != saved.get(name) and not (name == "data" and moved):
             raise UserError(f"--{name.replace('_', '-')} is {here[name]} here, and {saved.get(name)} in "
@@ -371,6 +372,10 @@ class Run:
         if self.saved is None:
             return 0
         then = self.saved["data"]
+        for name in ("statistics", "augmentation"):
+            old, new = self.saved["settings"].get(name), self.settings[name]
+            if old not in (None, new):
+                print(f"note: the {name} of {dataset} was {old} when {self.folder} was begun, and is {new} now")
         if self.saved.get("world_size", cli.world_size()) != cli.world_size():
             print(f"note: {self.folder} was trained by {self.saved['world_size']} process(es) and goes on "
                   f"with {cli.world_size()}: other noise than in an uninterrupted run")

@@ -159,8 +159,13 @@ def load_model(source, kind, device, args):
     """
     if is_published(source):
         model, checkpoint = load_published(source, kind, args)
-    elif kind == "autoencoder" and (held := run.read(source, making=kind).get("autoencoder")):
-        model, checkpoint = run.build(held, f"the autoencoder in {source}"), held
+    elif kind == "autoencoder" and run.read(source, making=kind)["kind"] == "classifier":
+        checkpoint = run.read(source)["autoencoder"]
+        if checkpoint is None:
+            raise UserError(f"{source} is a classifier without an autoencoder: name a run of pretrain.py, or "
+                            "of a De³")
+        run.say_made_by_other_code(f"the autoencoder in {source}", checkpoint)
+        model = run.build(checkpoint, f"the autoencoder in {source}")
     else:
         model, checkpoint = run.load(source, kind)
     return model.to(device).eval().requires_grad_(False), checkpoint
@@ -288,9 +293,11 @@ def load_run(source, args, device):
     classifier, checkpoint = load_model(source, "classifier", device, args)
     if args.autoencoder:
         return classifier, checkpoint, *load_model(args.autoencoder, "autoencoder", device, args)
-    if checkpoint["autoencoder"] is None:
+    pretraining = checkpoint["autoencoder"]
+    if pretraining is None:
         return classifier, checkpoint, None, None
-    return classifier, checkpoint, *load_model(source, "autoencoder", device, args)
+    autoencoder = run.build(pretraining, f"the autoencoder in {source}")
+    return classifier, checkpoint, autoencoder.to(device).eval().requires_grad_(False), pretraining
 
 
 def load_defenses(args, device, votes=1):
