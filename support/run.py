@@ -276,8 +276,9 @@ def take_settings(args, kind):
         return None
     checkpoint = read(args.out, kind)
     saved, here = checkpoint["settings"], settings_of(args)
-    was_folder = saved["data"] not in data.DATASETS
-    moved = was_folder and "data" in args.given and not Path(saved["data"]).exists()
+    moved = False
+    if "data" in args.given and saved["data"] not in data.DATASETS:
+        moved = not Path(saved["data"]).exists() and Path(here["data"]).exists()
     for name in sorted(args.given & here.keys()):
         if here[name] != saved.get(name) and not (name == "data" and moved):
             raise UserError(f"--{name.replace('_', '-')} is {here[name]} here, and {saved.get(name)} in "

@@ -7,7 +7,7 @@ from unittest import mock
 import torch
 
 from attack import accuracy, check_adversarial
-from model import De3, NoiseOnly, add_noise
+from model import De3, NoiseOnly, UserError, add_noise
 from studies import audit
 from support import run as run_module
 from tests.helpers import (Linear, assert_near, assert_refused, digits_runs, linear_on_digits,
@@ -198,6 +198,13 @@ class TestAudit(unittest.TestCase):
         for part in ("gray-box", "clamp", "votes", "another model"):
             self.assertNotIn(part, names)
         self.assertEqual(len(checks), 12)
+
+    def test_cannot_be_differentiated(self):
+        """A sentence, where a model detaches its input."""
+        images, labels = random_images(4, 3, 4, 4), torch.zeros(4, dtype=torch.long)
+        linear = Linear()
+        with self.assertRaisesRegex(UserError, "no gradient"):
+            audit.audit(lambda x: linear(x.detach()), images, labels, 8 / 255, 2, 1, 1, 4)
 
     def test_refuses(self):
         """Settings under which its figures would say nothing, and those that it does not have."""

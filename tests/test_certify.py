@@ -2,6 +2,7 @@
 
 import re
 import unittest
+from unittest import mock
 
 import torch
 from torch import nn
@@ -11,7 +12,7 @@ from model import De3, MaskAndFill, NoiseOnly, UserError
 from studies import certify
 from support import run as run_module
 from tests.helpers import (assert_refused, digits_runs, finished, linear_on_digits, new_folder,
-                           photo_classifier, read_csv, run, small_autoencoder)
+                           photo_classifier, read_csv, run, small_autoencoder, small_classifier)
 
 
 class TestCertificate(unittest.TestCase):
@@ -91,6 +92,17 @@ class TestCertificate(unittest.TestCase):
         finished(run("studies.certify", photo_classifier("clean"), "--defense", "no-denoise:25",
                      "--images", 2, "--n", 10, "--out", out))
         self.assertEqual(len(read_csv(out / "certify_clean_sigma25.csv")), 2)
+
+    def test_other_noise(self):
+        """After add_noise was edited, whatever else it adds, there is no certificate."""
+        defense = De3(small_autoencoder(), small_classifier(), 50).eval()
+        certify.check_certifiable(defense)
+
+        def poisson(images, sigma, noise=None):
+            return torch.poisson(100 * images.clamp(min=0)) / 100
+        with mock.patch("model.add_noise", poisson):
+            with self.assertRaisesRegex(UserError, "add_noise in model.py"):
+                certify.check_certifiable(defense)
 
     def test_script_refuses(self):
         """And writes nothing."""

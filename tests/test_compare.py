@@ -17,11 +17,12 @@ from unittest import mock
 import torch
 from PIL import Image
 
-from model import De3, NoiseOnly
+from model import De3, NoiseOnly, UserError
 from studies import compare, plot, tables
 from support import run as run_module
 from tests.helpers import (assert_picture, assert_refused, copy_of_photos, finished, linear_on_digits,
-                           new_folder, photos, read_csv, run, small_autoencoder, training)
+                           new_folder, photo_classifier, photos, read_csv, run, small_autoencoder,
+                           training)
 
 SMALL = tables.Table({"nim": "--sigma 75", "mim": "--task mim"}, [
     tables.Entry("undefended", "clean", "--mode clean"),
@@ -101,6 +102,15 @@ class TestCompare(WithSmallTable):
         (self.runs() / "de3" / "checkpoint.pt").unlink()
         self.assertEqual(self.commands(self.compare()), [["python", *expected[2]]])
         assert_refused(self.compare("--only", "JPEG"), ("no JPEG", "undefended; De³; MIM"))
+
+    def test_trained_run_needs_no_pretraining_run(self):
+        """A folder is a whole defense, but for what is put in front of it."""
+        table, here = tables.TABLES["digits"], new_folder()
+        shutil.copytree(photo_classifier("clean"), here / "clean")
+        undefended = tables.choose(table, ["undefended"])
+        self.assertEqual(tables.missing_commands(table, undefended, here, [0], "digits"), [])
+        in_front = [undefended[0]._replace(in_front="nim")]
+        self.assertIn("pretrain.py", tables.missing_commands(table, in_front, here, [0], "digits")[0])
 
     def test_missing_runs_of_the_tables(self):
         refused = run("studies.compare", "--at", self.folder, "--seeds", 0, 1)
@@ -292,6 +302,16 @@ class TestReadings(unittest.TestCase):
         found = self.readings(model)
         self.assertEqual(found["gray_box"], found["one_shot"])
 
+    def test_known_noise_has_to_be_the_noise(self):
+        """A defense whose edited noise ignores what it is given gets no figure for known noise."""
+        model, (images, labels) = linear_on_digits()
+
+        def own_noise(x, sigma, noise=None):
+            return x + 0.1 * torch.rand_like(x)
+        with mock.patch("model.add_noise", own_noise):
+            with self.assertRaisesRegex(UserError, "with_known_noise"):
+                compare.with_known_noise(NoiseOnly(None, model, 100), images[:5], labels[:5], 0.05, 2, 256)
+
     def test_known_noise_is_the_same_for_all_images(self):
         """And the attacker's: each of three noises is drawn once, fixed, and attacked without EOT."""
         model, (images, labels) = linear_on_digits()
@@ -351,6 +371,24 @@ class TestPlot(unittest.TestCase):
         self.assertIn("whose code is not c", printed)
         _, _, printed = self.choose(rows[1:])
         self.assertIn("no row was measured by the code of today", printed)
+
+    def test_levels_that_are_no_sigma(self):
+        """Each is a line of its own; a level between two others is no spread over seeds."""
+        rows = [attack_row("JPEG quality 10", robust="10", level="quality 10"),
+                attack_row("JPEG quality 90", robust="20", level="quality 90"),
+                attack_row("De³ σ = uniform:0,50", robust="30", level="σ = uniform:0,50")]
+        points, _, _ = self.choose(rows)
+        self.assertEqual({name: levels["off"] for name, levels in points.items()},
+                         {"JPEG, quality 10": [(90, 10)], "JPEG, quality 90": [(90, 20)],
+                          "De³, σ = uniform:0,50": [(90, 30)]})
+
+    def test_trained_anew(self):
+        """Of a run that was trained anew only the rows of its last weights are drawn."""
+        rows = [attack_row("De³ σ = 0", robust="10", weights="old"),
+                attack_row("De³ σ = 50", robust="20", weights="new")]
+        points, _, printed = self.choose(rows)
+        self.assertEqual(points, {"De³": {"σ = 50": [(90, 20)]}})
+        self.assertIn("trained anew", printed)
 
     def test_one_attack(self):
         """With EOT where nothing else is honest; one curve over sigma; FGSM is another attack."""

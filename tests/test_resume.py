@@ -199,6 +199,14 @@ class TestResume(unittest.TestCase):
         assert_same_run(part, whole)
 
 
+    def test_digits_do_not_move(self):
+        """A data set by name is no folder that is gone: other images are another run."""
+        part = new_folder() / "part"
+        with cut_after(1):
+            run("pretrain", *training(2, 64), "--out", part)
+        assert_refused(run("pretrain", "--out", part, "--resume", "--data", photos()), "--data is ")
+
+
 class TestFinished(unittest.TestCase):
     def test_kept(self):
         """The same command again, or --resume, changes nothing; another one is refused."""
