@@ -403,12 +403,12 @@ def main():
         cells = plan_table(args, tested, first_images, images_in_all)
     pixels = data.digest_of(batches)
     step = "2.5 eps/steps" if args.step_size is None else f"{255 * args.step_size:.3g}/255"
-    width = max(len(one.words) for one in tested)
+    width, name_width = max(len(one.words) for one in tested), max(8, *map(len, args.attack))
     print(f"{images_in_all} {args.split} images of {args.data}, {args.norm}, {args.steps} steps of {step}, "
           f"EOT {args.eot}, {args.restarts} restart(s), loss {'+'.join(args.loss)}, {args.threat}-box, "
           f"{DRAWS} draws, seed {args.seed}; accuracy in % [95% interval]; takes at most about "
           f"{cli.minutes(sum(cell.seconds for cell in cells))} minutes\n\n{'defense':{width}} "
-          f"{'eps':>7}  {'attack':8} {'clean':>19} {'robust':>19} {'seconds':>8}   gradients/s")
+          f"{'eps':>7}  {'attack':{name_width}} {'clean':>19} {'robust':>19} {'seconds':>8}   gradients/s")
     clean_of = {}
     for cell in cells:
         one, settings = cell.one, cell.settings
@@ -421,9 +421,9 @@ def main():
         progress.clear()
         clean, robust = clean_of[one.words], percent(correct, images_in_all)
         speed = f"{images_in_all * gradients_of_image(settings, args) / seconds:.0f}"
-        print(f"{one.words:{width}} {ball:>7}  {cell.name:8} {report.interval(clean, images_in_all):>19} "
-              f"{report.interval(robust, images_in_all):>19} {seconds:8.1f} "
-              f"{'stopped early' if settings['early_stop'] else speed:>13}", flush=True)
+        print(f"{one.words:{width}} {ball:>7}  {cell.name:{name_width}} "
+              f"{report.interval(clean, images_in_all):>19} {report.interval(robust, images_in_all):>19} "
+              f"{seconds:8.1f} {'stopped early' if settings['early_stop'] else speed:>13}", flush=True)
         report.append_row(table, dict(
             defense=one.words, run=one.run, level=one.level, attack=cell.name, norm=args.norm,
             eps=f"{cell.eps:.6g}", steps=settings["steps"], step_size=f"{settings['step_size']:.6g}",

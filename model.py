@@ -97,8 +97,8 @@ class NoiseScale:
             finite = all(abs(value) <= LARGEST_PARAMETER for value in parameters)
             valid = finite and law.is_valid(*parameters)
         if not valid:
-            raise UserError(f"sigma {text!r} must be {SIGMA_HELP}, in 8-bit units (0..255), none of "
-                            "them negative, LOW not above HIGH")
+            raise UserError(f"sigma {text!r} must be {SIGMA_HELP}, in 8-bit units (255 is the range of a "
+                            "pixel), with values that this law allows")
         return cls(name, parameters)
 
     @property
@@ -122,7 +122,8 @@ class NoiseScale:
 def add_noise(images, sigma, noise=None):
     """x + ε·σ/255, not clipped; sigma is a number, or one for each image, [B].
 
-    ε ~ N(0, I) is drawn fresh at every call, unless noise, [3, H, W] or [B, 3, H, W], gives it.
+    ε ~ N(0, I) is drawn fresh at every call, unless noise, [3, H, W] or [B, 3, H, W], gives it: what
+    is measured with known noise gives it, so a law other than Gaussian has to change there as well.
     Raises UserError for a sigma that is negative or not finite.
     """
     sigma = torch.as_tensor(sigma)

@@ -159,16 +159,18 @@ def load_model(source, kind, device, args):
     """
     if is_published(source):
         model, checkpoint = load_published(source, kind, args)
-    elif kind == "autoencoder" and run.read(source, making=kind)["kind"] == "classifier":
-        checkpoint = run.read(source)["autoencoder"]
-        if checkpoint is None:
-            raise UserError(f"{source} is a classifier without an autoencoder: name a run of pretrain.py, or "
-                            "of a De³")
-        run.say_made_by_other_code(f"the autoencoder in {source}", checkpoint)
-        model = run.build(checkpoint, f"the autoencoder in {source}")
+    elif kind == "autoencoder" and run.read(source, making=kind).get("autoencoder"):
+        model, checkpoint = held_autoencoder(source)
     else:
         model, checkpoint = run.load(source, kind)
     return model.to(device).eval().requires_grad_(False), checkpoint
+
+
+def held_autoencoder(source):
+    """(model, checkpoint) of the autoencoder that a De³'s folder holds."""
+    checkpoint = run.read(source)["autoencoder"]
+    run.say_made_by_other_code(f"the autoencoder in {source}", checkpoint)
+    return run.build(checkpoint, f"the autoencoder in {source}"), checkpoint
 
 
 # -------------------------------------------------------------------------------- the defenses

@@ -121,18 +121,18 @@ class TestAttack(unittest.TestCase):
             return momentum(model, images, labels, eps, steps, **settings)
         flags = ("--sigma", 0, 50, "--images", 6, "--eps", "8/255", "--steps", 3, "--eot", 4,
                  "--workers", 0)
-        with with_entry(ATTACKS, momentum=Attack(counted)):
-            self.assertIn("momentum,momentum+eot", help_of("attack"))
-            finished(run("attack", photo_classifier(), *flags, "--attack", "momentum", "momentum+eot",
+        with with_entry(ATTACKS, tried=Attack(counted)):
+            self.assertIn("tried,tried+eot", help_of("attack"))
+            finished(run("attack", photo_classifier(), *flags, "--attack", "tried", "tried+eot",
                          "pgd+eot", "--out", out))
         rows = read_csv(out / "attack.csv")
         self.assertEqual([(row["level"], row["attack"], row["eot"], row["draws"]) for row in rows], [
-            ("σ = 0", "momentum", "1", "1"), ("σ = 0", "pgd+eot", "1", "1"),
-            ("σ = 50", "momentum", "1", "5"), ("σ = 50", "momentum+eot", "4", "5"),
+            ("σ = 0", "tried", "1", "1"), ("σ = 0", "pgd+eot", "1", "1"),
+            ("σ = 50", "tried", "1", "5"), ("σ = 50", "tried+eot", "4", "5"),
             ("σ = 50", "pgd+eot", "4", "5")])
         step = 2.5 * 8 / 255 / 3
         self.assertEqual(calls, [(1, 3, step), (1, 3, step), (4, 3, step)])
-        assert_refused(run("attack", photo_classifier(), "--attack", "momentum"), "momentum")
+        assert_refused(run("attack", photo_classifier(), "--attack", "tried"), "tried")
 
     def test_eot_is_applied(self):
         """So many draws of the defense in every step, and no more."""
@@ -372,7 +372,7 @@ class TestDataSet(unittest.TestCase):
             defended = finished(run("defend", "--run", out / "de3", "--steps", 1, "--eot", 1))
             finished(run("attack", out / "de3", "--attack", "fgsm"))
             assert_refused(run("pretrain", "--data", out / "none"),
-                           "digits, cifar10, stripes, or a folder")
+                           ", stripes, or a folder")
         checkpoint = run_module.read(out / "de3")
         settings = checkpoint["settings"]
         self.assertEqual((checkpoint["classes"], checkpoint["data"]["name"], settings["size"],
