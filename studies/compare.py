@@ -34,7 +34,7 @@ from studies.tables import TABLES, choose, folder_of, missing_commands
 from support import cli, data, report, run, training, weights
 
 TRIES, KNOWN_NOISES = 10, 3
-COLUMN = 13  # width of a column of the printed table
+COLUMN = 17  # width of a column of the printed table
 CODE = ("model.py", "attack.py", "support/training.py", "studies/compare.py")  # what decides a cell
 MEASURED = ("clean", "gray_box", "no_eot", "one_shot", "ten_tries", "noise_known", "l2", "l2_twice",
             "clean_ten_tries", "clean_noise_known")
@@ -123,7 +123,7 @@ def print_table(rows, heading):
         cells.setdefault((row["defense"], row["level"]), []).append({**row, "worst": worst})
     width = max(len(name) for name, _ in cells)
     print(f"\n{heading}; mean ± standard deviation in %\n\n{'':{width}} {'level':>9}  "
-          + "  ".join(f"{name.replace('_', ' ')[-COLUMN:]:>{COLUMN}}" for name in columns))
+          + "  ".join(f"{name.replace('_', ' '):>{COLUMN}}" for name in columns))
     for (name, level), found in cells.items():
         texts = []
         for column in columns:
