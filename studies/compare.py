@@ -1,7 +1,7 @@
 """The comparison the paper makes: every defense of a table under the same attacks, read in many ways.
 
     python -m studies.compare --seeds 0 1 2            the digits, eps 16/255, 100 images
-    python -m studies.compare color --data FOLDER      small color images, eps 4/255, 300 images
+    python -m studies.compare color --data FOLDER      small color images, eps 4/255, 1,200 images
     python -m studies.compare --only undefended De³    these rows of the table
 
 Names the runs that are missing, with the commands that make them. Each cell is measured once and
@@ -17,6 +17,8 @@ is not measured again, so a comparison that was cut short goes on. The attacker 
 
 Where nothing is random the last four are one. "worst" is the lowest of the last three; "l2" and "l2
 twice" are PGD in L2 with EOT, at --l2 and twice that radius: the threat that nobody trained for.
+Clean and gray-box accuracy are read on all images, and so is everything where nothing is random; the
+other readings of a random defense on color on every fourth of these images.
 """
 
 import argparse
@@ -65,19 +67,24 @@ def with_known_noise(defense, images, labels, eps, steps, max_batch):
     return torch.stack(clean).mean(0), torch.stack(robust).mean(0)
 
 
-def measure(model, batches, eps, l2, steps, eot, seed, max_batch, show=lambda text: None):
-    """Every reading of one defense, any model from [0, 1] images to logits: {column: percent}."""
-    sums, seen, random = {}, 0, None
+def measure(model, batches, eps, l2, steps, eot, seed, max_batch, every=1, show=lambda text: None):
+    """Every reading of one defense, any model from [0, 1] images to logits: {column: percent}.
+
+    Where the defense is random, what takes many draws is read on every so many images only.
+    """
+    found, random = {}, None  # found: for each column the accuracy of each image, batch by batch
 
     def add(name, values):
-        sums[name] = sums.get(name, 0.0) + values.sum().item()
-    for number, (images, labels) in enumerate(batches):
+        found.setdefault(name, []).append(values)
+    for number, (all_images, all_labels) in enumerate(batches):
         if random is None:
-            random = is_random(model, images)
+            random = is_random(model, all_images)
+            every = every if random else 1
+        images, labels = all_images[::every], all_labels[::every]
         settings = dict(steps=steps, max_batch=max_batch, early_stop=not random)
         draws = eot if random else 1
         training.seed_epoch(seed, number)
-        hits = tries(model, images, labels, random)
+        hits = tries(model, all_images, all_labels, random)
         add("clean", hits.mean(0))
         add("clean_ten_tries", hits.amin(0))
         show("PGD with EOT")
@@ -100,10 +107,9 @@ def measure(model, batches, eps, l2, steps, eot, seed, max_batch, show=lambda te
             add("noise_known", robust)
         if hasattr(model, "classifier"):
             show("gray-box PGD")
-            adversarial = pgd(model.classifier, images, labels, eps, steps)
-            add("gray_box", tries(model, adversarial, labels, random).mean(0))
-        seen += len(images)
-    result = {name: 100 * value / seen for name, value in sums.items()}
+            adversarial = pgd(model.classifier, all_images, all_labels, eps, steps)
+            add("gray_box", tries(model, adversarial, all_labels, random).mean(0))
+    result = {name: 100 * torch.cat(values).mean().item() for name, values in found.items()}
     if not random:  # one reading: nothing is drawn
         result.update(no_eot=result["one_shot"], noise_known=result["one_shot"],
                       clean_noise_known=result["clean"])
@@ -157,7 +163,9 @@ def arguments():
     add("--only", nargs="+", metavar="NAME", help="only these rows of the table")
     add("--seeds", nargs="+", type=cli.number(int), default=[0], help="of the trainings, default 0")
     add("--split", choices=data.SPLITS, default="test", help="default test")
-    add("--images", type=cli.count, help="how many, evenly spread; default: as the table says")
+    add("--images", type=cli.count, help="how many, evenly spread; default 100 (color 1,200)")
+    add("--every", type=cli.count, metavar="N", help="of a random defense, read what takes many draws on "
+        "every Nth of these images; default 1 (color 4)")
     add("--eps", type=cli.linf_eps, help="radius in L∞, default 16/255 (color 4/255)")
     add("--l2", type=cli.number(float), help="radius in L2, 0: none; default: as the table says")
     add("--steps", type=cli.count, default=20, help="of PGD, default 20")
@@ -188,6 +196,7 @@ def main():
     if missing:
         raise UserError("runs are missing; make them with: " + " && ".join(missing))
     args.images = args.images or table.images
+    every = args.every or table.every
     l2 = table.l2 if args.l2 is None else args.l2
     path, rows, progress = report.open_table(args.at / "compare.csv"), [], cli.Progress()
     measured = report.read_table(path, MEASURED)
@@ -203,9 +212,9 @@ def main():
                 eps = one.checkpoint["data"]["eps"] if eps is None else eps
                 row = dict(
                     defense=entry.name, level=one.level, seed=seed, run=one.run, data=args.data,
-                    split=args.split, images=images_in_all, pixels=pixels, norm="linf", eps=f"{eps:.6g}",
-                    l2_radius=f"{l2:g}", steps=args.steps, eot=args.eot, attack_seed=args.seed,
-                    precision="bf16" if args.bf16 else "fp32", **run.origin_of_row(one.model, CODE))
+                    split=args.split, images=images_in_all, every=every, pixels=pixels, norm="linf",
+                    eps=f"{eps:.6g}", l2_radius=f"{l2:g}", steps=args.steps, eot=args.eot,
+                    attack_seed=args.seed, precision="bf16" if args.bf16 else "fp32", **run.origin_of_row(one.model, CODE))
                 row = {name: str(value) for name, value in row.items()}
                 key = {name: value for name, value in row.items() if name not in ("data", "commit")}
                 old = same_cell(measured, key)
@@ -215,7 +224,7 @@ def main():
                 started, words = time.perf_counter(), f"{entry.name}, {one.level}, seed {seed}"
                 with cli.autocast(args.bf16, device):
                     found = measure(one.model, batches, eps, l2, args.steps, args.eot, args.seed,
-                                    args.max_batch, lambda text: progress.show(f"{words}: {text}"))
+                                    args.max_batch, every, lambda text: progress.show(f"{words}: {text}"))
                 progress.clear()
                 row.update({name: f"{found[name]:.2f}" if name in found else "" for name in MEASURED})
                 row["seconds"] = f"{time.perf_counter() - started:.1f}"
@@ -224,8 +233,9 @@ def main():
                 report.append_row(path, row)
                 print(f"{words}: clean {row['clean']}, one shot {row['one_shot']}, {row['seconds']} s",
                       flush=True)
-    print_table(rows, f"{images_in_all} {args.split} images of {args.data}, PGD of {args.steps} steps at "
-                      f"eps {255 * eps:g}/255, EOT {args.eot}, seeds {args.seeds}, L2 radius {l2:g}")
+    fewer = f" (one in {every} where many draws are taken)" if every > 1 else ""
+    print_table(rows, f"{images_in_all} {args.split} images{fewer} of {args.data}, PGD of {args.steps} "
+                      f"steps at eps {255 * eps:g}/255, EOT {args.eot}, seeds {args.seeds}, L2 radius {l2:g}")
     print(f"\nwrote {path}")
 
 

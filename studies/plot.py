@@ -30,7 +30,7 @@ RUNGS = {"gray_box": "only the classifier\n(gray-box)", "no_eot": "the whole def
          "one_shot": "its average\n(EOT, one shot)", "ten_tries": "may try\nten times",
          "noise_known": "the noise"}
 ONE_ATTACK = ("norm", "eps", "l2_radius", "steps", "step_size", "restarts", "loss", "threat", "data", "split",
-              "images", "pixels", "precision", "code", "attack_seed")  # what rows must share
+              "images", "every", "pixels", "precision", "code", "attack_seed")  # what rows must share
 STYLES = [("#000000", "-", "o"), ("#0072b2", "--", "s"), ("#d55e00", "-", "^"), ("#009e73", "-.", "D"),
           ("#cc79a7", ":", "v"), ("#56b4e9", "--", "*")]  # Okabe and Ito's colors
 
@@ -232,6 +232,9 @@ def title_of(rows, args):
     last, seeds = rows[-1], len({row["seed"] for row in rows if "one_shot" in row})
     eot = max(int(row.get("eot") or 1) for row in rows)
     title = f"{last['images']} {last['split']} images, "
+    every = int(last.get("every") or 1)
+    if every > 1:
+        title += f"one in {every} where many draws are taken, "
     if last.get("threat") == "gray":
         title += "gray-box "
     title += f"{last.get('attack', 'pgd').removesuffix('+eot').upper()}-{last['steps']}, EOT {eot}, "

@@ -29,7 +29,7 @@ SMALL = tables.Table({"nim": "--sigma 75", "mim": "--task mim"}, [
     tables.Entry("De³", "de3", "--sigma uniform:0,30", defenses=("de3:0", "de3:40")),
     tables.Entry("MIM", "de3_mim", "", "mim", ("mim:0.5",)),
     tables.Entry("off the shelf", "clean", "--mode clean", defenses=("de3:20",), in_front="nim"),
-], images=6, l2=1.0)
+], images=6, every=1, l2=1.0)
 CELLS = [("undefended", "off"), ("De³", "σ = 0"), ("De³", "σ = 40"), ("MIM", "mask 0.5"),
          ("off the shelf", "σ = 20")]
 
@@ -232,7 +232,7 @@ class TestCompare(WithSmallTable):
         one = ("--only", "undefended")
         self.measured(*one)
         for flags in (["--eps", "8/255"], ["--l2", 2], ["--steps", 2], ["--eot", 3], ["--images", 7],
-                      ["--seed", 1], ["--bf16"], ["--split", "val"]):
+                      ["--every", 2], ["--seed", 1], ["--bf16"], ["--split", "val"]):
             with self.subTest(flags):
                 self.assertEqual(len(self.measured(*one, *flags)), 1)
                 self.assertEqual(len(self.measured(*one, *flags)), 0)
@@ -301,6 +301,18 @@ class TestReadings(unittest.TestCase):
         self.assertNotIn("l2", found)
         found = self.readings(model)
         self.assertEqual(found["gray_box"], found["one_shot"])
+
+    def test_fewer_images_for_many_draws(self):
+        """Of a random defense, all but clean and gray-box; of a deterministic one nothing."""
+        model, (images, labels) = linear_on_digits()
+        for sigma, expected in ((20, 3), (0, 9)):
+            defense = De3(small_autoencoder(image_size=32).eval(), model, sigma)
+            with mock.patch.object(compare, "pgd", wraps=compare.pgd) as attacks:
+                compare.measure(defense, [(images[:9], labels[:9])], 0.05, 1, 2, 2, 0, 256, every=3)
+            seen = {call.args[0] is model: set() for call in attacks.call_args_list}
+            for call in attacks.call_args_list:
+                seen[call.args[0] is model].add(len(call.args[1]))
+            self.assertEqual(seen, {True: {9}, False: {expected}})
 
     def test_known_noise_has_to_be_the_noise(self):
         """A defense whose edited noise ignores what it is given gets no figure for known noise."""
