@@ -33,7 +33,7 @@ RECIPES = {  # the paper's from base on; tiny and small were chosen on validatio
     "tiny no-denoise": {**TINY, "epochs": 48, "batch_size": 32, "base_lr": 3.2e-2},  # 6.4e-2 fails on
     "tiny mim": {**TINY, "epochs": 48, "batch_size": 32, "base_lr": 3.2e-2},  # images as hard as these
     "tiny adversarial": {**TINY, "label_smoothing": 0.0, "augment": False},  # which make it weaker
-    "small": dict(epochs=16, batch_size=64, base_lr=4e-3, warmup_share=0.1, weight_decay=0.05,
+    "small": dict(epochs=15, batch_size=64, base_lr=4e-3, warmup_share=0.1, weight_decay=0.05,
                   layer_decay=0.75, beta2=0.98, drop_path=0.0, label_smoothing=0.1, attack_steps=2,
                   augment=True),
     "medium": {**PAPER, "epochs": 50, "batch_size": 256, "warmup_share": 0.1, "attack_steps": 2},
