@@ -25,14 +25,15 @@ class Entry(NamedTuple):
 class Table(NamedTuple):
     """The defenses of a data set, and what they are tested on unless the command line says otherwise.
 
-    pretraining: the flags of pretrain.py for each folder. images: how many; what takes many draws is
-    read on every so many of them. l2: the smaller radius of the attack in L2, 0 for none.
+    pretraining: the flags of pretrain.py for each folder. images: how many. l2: the smaller radius of
+    the attack in L2, 0 for none. every: of a random defense, what takes many draws is read on one image
+    in so many.
     """
     pretraining: dict
     entries: list
     images: int
-    every: int
     l2: float
+    every: int = 1
 
 
 PRETRAINING = {"nim": "", "mim": "--task mim", "nim120": "--sigma 120", "nim_paper": "--sigma gamma:25,3"}
@@ -52,7 +53,7 @@ TABLES = {
         Entry("De³, the paper's Γ(25, 3), U(0, 30)", "de3_paper", "--sigma uniform:0,30", "nim_paper", DE3),
         Entry("MIM, whole output", "de3_mim", "", "mim", MASKED),
         Entry("MIM, visible kept", "de3_mim_visible", "--keep-visible", "mim", MASKED),
-    ], images=100, every=1, l2=1.0),
+    ], images=100, l2=1.0),
     "color": Table(PRETRAINING, [
         Entry("undefended", "clean", "--mode clean"),
         Entry("De³, fine-tuned on U(0, 60)", "de3", "", defenses=COLOR),
@@ -67,7 +68,7 @@ TABLES = {
               in_front="nim"),
         Entry("noise off the shelf", "clean", "--mode clean",
               defenses=("no-denoise:25", "no-denoise:50")),
-    ], images=1200, every=4, l2=0.0),
+    ], images=1200, l2=0.0, every=4),
 }
 
 

@@ -29,7 +29,7 @@ SMALL = tables.Table({"nim": "--sigma 75", "mim": "--task mim"}, [
     tables.Entry("De³", "de3", "--sigma uniform:0,30", defenses=("de3:0", "de3:40")),
     tables.Entry("MIM", "de3_mim", "", "mim", ("mim:0.5",)),
     tables.Entry("off the shelf", "clean", "--mode clean", defenses=("de3:20",), in_front="nim"),
-], images=6, every=1, l2=1.0)
+], images=6, l2=1.0)
 CELLS = [("undefended", "off"), ("De³", "σ = 0"), ("De³", "σ = 40"), ("MIM", "mask 0.5"),
          ("off the shelf", "σ = 20")]
 
