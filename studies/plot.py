@@ -172,6 +172,8 @@ def draw_ladder(path, rows, title):
             name = row["defense"] if row["level"] == "off" else f"{row['defense']}, {row['level']}"
             curves.setdefault(name, []).append([float(row[rung]) for rung in RUNGS])
     defended = {name: found for name, found in curves.items() if mean(values[0] for values in found) > 5}
+    for name in list(defended)[len(STYLES):]:
+        print(f"left out: {name}, of more than {len(STYLES)} curves")
     for (name, found), (color, line, marker) in zip(defended.items(), STYLES):
         heights = [mean(values) for values in zip(*found)]
         panel.plot(heights, color=color, linestyle=line, linewidth=2, marker=marker, markersize=8, label=name)

@@ -516,6 +516,15 @@ class TestPlot(unittest.TestCase):
         assert_refused(refused, "give it a compare.csv")
         assert_refused(run("studies.plot", "--table", self.save(ATTACKED[:2])), "fewer than two sigmas")
 
+    @unittest.skipUnless(importlib.util.find_spec("matplotlib"), "matplotlib is not installed")
+    def test_ladder(self):
+        """A curve for each level; those beyond the six that can be told apart are named."""
+        rows = [compared_row("De³", f"σ = {sigma}", gray_box="60", no_eot="50") for sigma in range(7)]
+        path = self.save(rows)
+        result = finished(run("studies.plot", "--table", path, "--ladder"))
+        assert_picture(path.with_name("tradeoff.png"))
+        self.assertIn("left out: De³, σ = 6, of more than 6 curves", result.out)
+
     def test_refuses(self):
         folder = new_folder()
         assert_refused(run("studies.plot", "--table", folder / "none.csv"), "none.csv")

@@ -198,7 +198,6 @@ class TestResume(unittest.TestCase):
         self.assertNotIn("other images", result.out)
         assert_same_run(part, whole)
 
-
     def test_digits_do_not_move(self):
         """A data set by name is no folder that is gone: other images are another run."""
         part = new_folder() / "part"
