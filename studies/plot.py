@@ -23,7 +23,7 @@ from studies import compare
 from support import cli, report, run
 
 SHOWN = ("undefended", "adversarial training 16/255", "adversarial training 4/255", "noise only", "De³",
-         "De³, the paper's Γ(25, 3), U(0, 30)", "De³, fine-tuned on U(0, 60)",
+         "De³, the paper's Γ(25, 3), U(0, 30)", "De³, fine-tuned on U(0, 60)", "noise only, U(0, 60)",
          "De³, fine-tuned on U(50, 150)", "noise only, U(50, 150)")  # at most six of them in one table
 READINGS = ("one_shot", "ten_tries", "noise_known")
 RUNGS = {"gray_box": "only the classifier\n(gray-box)", "no_eot": "the whole defense,\none draw a step",
@@ -167,8 +167,9 @@ def draw_ladder(path, rows, title):
     figure.clf()
     panel = figure.subplots()
     curves = {}
+    drawn = names_to_draw(dict.fromkeys(row["defense"] for row in rows))
     for row in rows:
-        if row["defense"] in SHOWN:
+        if row["defense"] in drawn:
             name = row["defense"] if row["level"] == "off" else f"{row['defense']}, {row['level']}"
             curves.setdefault(name, []).append([float(row[rung]) for rung in RUNGS])
     defended = {name: found for name, found in curves.items() if mean(values[0] for values in found) > 5}
@@ -223,10 +224,14 @@ def draw(path, points, title):
     save(figure, path, title)
 
 
-def shown(points):
-    """Those of a table's defenses that are drawn: at most six."""
-    chosen = {name: points[name] for name in SHOWN if name in points} or points
-    return dict(list(chosen.items())[:len(STYLES)])
+def names_to_draw(points):
+    """The defenses of a table that are drawn, at most six, in SHOWN's order; the others are printed."""
+    chosen = [name for name in SHOWN if name in points] or list(points)
+    drawn = chosen[:len(STYLES)]
+    for name in points:
+        if name not in drawn:
+            print(f"left out: {name}, which is not among the defenses of this picture")
+    return drawn
 
 
 def title_of(rows, args):
@@ -262,11 +267,15 @@ def plot(args):
                         "compare.csv")
     if args.ladder:
         draw_ladder(path, rows, title)
-    elif args.against_clean:
-        panels = [shown(points_of(rows, readings)) for readings in (("one_shot",), READINGS)]
+        return
+    in_one_shot = points_of(rows, ("one_shot",))
+    names = names_to_draw(in_one_shot)
+    if args.against_clean:
+        at_worst = points_of(rows, READINGS)
+        panels = [{name: points[name] for name in names} for points in (in_one_shot, at_worst)]
         draw_against_clean(path, panels, title)
     else:
-        draw(path, shown(points_of(rows, ("one_shot",))), title)
+        draw(path, {name: in_one_shot[name] for name in names}, title)
 
 
 def main():

@@ -518,12 +518,14 @@ class TestPlot(unittest.TestCase):
 
     @unittest.skipUnless(importlib.util.find_spec("matplotlib"), "matplotlib is not installed")
     def test_ladder(self):
-        """A curve for each level; those beyond the six that can be told apart are named."""
+        """A curve for each level; those beyond the six that can be told apart, and other rows, are named."""
         rows = [compared_row("De³", f"σ = {sigma}", gray_box="60", no_eot="50") for sigma in range(7)]
+        rows.append(compared_row("De³ off the shelf", "σ = 0", gray_box="60", no_eot="50"))
         path = self.save(rows)
         result = finished(run("studies.plot", "--table", path, "--ladder"))
         assert_picture(path.with_name("tradeoff.png"))
         self.assertIn("left out: De³, σ = 6, of more than 6 curves", result.out)
+        self.assertIn("left out: De³ off the shelf, ", result.out)
 
     def test_refuses(self):
         folder = new_folder()
