@@ -37,19 +37,31 @@ def margin(logits, labels):
     return logits.scatter(1, labels[:, None], -torch.inf).amax(1) - own
 
 
+def cross_entropy(logits, labels):
+    """The cross-entropy of each image, [B]."""
+    return F.cross_entropy(logits, labels, reduction="none")
+
+
+LOSSES = {"ce": cross_entropy, "margin": margin}  # what the attacker may raise: (logits, labels) to [B]
+
+
 def objective(logits, labels, targets, loss):
-    """What the attacker raises, [B]: the loss of the labels, "ce" (cross-entropy) or "margin".
+    """What the attacker raises, [B]: the loss of the labels, an entry of LOSSES.
 
     With targets [B] it is the loss of the target class, negated: the attack moves towards it.
     """
     if not (labels if targets is None else targets).max() < logits.shape[1]:
         raise UserError(f"labels must be below {logits.shape[1]}, the number of the model's classes")
+    loss_of = LOSSES[loss]
+    return loss_of(logits, labels) if targets is None else -loss_of(logits, targets)
 
-    def loss_of(classes):
-        if loss == "margin":
-            return margin(logits, classes)
-        return F.cross_entropy(logits, classes, reduction="none")
-    return loss_of(labels) if targets is None else -loss_of(targets)
+
+def success(logits, labels, targets):
+    """How far the attack has succeeded, [B], whatever loss it raises: above 0 where it has.
+
+    The margin of the labels, or with targets [B] that of the target classes, negated.
+    """
+    return margin(logits, labels) if targets is None else -margin(logits, targets)
 
 
 def check_logits(logits):
@@ -62,31 +74,26 @@ def check_logits(logits):
                         "or works under no_grad, and PGD cannot attack it")
 
 
-def input_gradient(model, current, labels, targets, loss, eot, max_batch=None):
+def input_gradient(model, current, labels, targets, loss, eot):
     """Gradient of the objective at the current images, averaged over eot draws of the model.
 
     Expectation over transformation (Athalye et al. 2018): a model that is random at every call has
-    to be attacked through the mean over its randomness. As many draws go through the model at once
-    as max_batch images allow (one draw if None). Also returns the mean margin over the draws, [B]:
-    above 0 where the attack has succeeded.
+    to be attacked through the mean over its randomness. Every draw is a call of its own, so that it
+    does not matter whether a model draws for each image or for each call. Also returns the mean
+    success over the draws, [B]: above 0 where the attack has succeeded.
     """
-    total, margins = torch.zeros_like(current), torch.zeros(len(current), device=current.device)
-    at_once = max(1, (max_batch or 1) // max(1, len(current)))
-    for first in range(0, eot, at_once):
-        draws = min(at_once, eot - first)
-        repeated_labels = labels.repeat(draws)
-        repeated_targets = None if targets is None else targets.repeat(draws)
+    total, successes = torch.zeros_like(current), torch.zeros(len(current), device=current.device)
+    for _ in range(eot):
         with torch.enable_grad():
             x = current.detach().requires_grad_()
-            logits = model(x.repeat(draws, 1, 1, 1))  # [draws·B, classes]; each copy has its own noise
+            logits = model(x)
             check_logits(logits)
-            gain = objective(logits, repeated_labels, repeated_targets, loss)
-            total += torch.autograd.grad(gain.sum(), x)[0]  # of x: the sum over its copies
-        margin_of_draws = objective(logits.detach(), repeated_labels, repeated_targets, "margin")
-        margins += margin_of_draws.view(draws, -1).sum(0)
+            gain = objective(logits, labels, targets, loss)
+            total += torch.autograd.grad(gain.sum(), x)[0]
+        successes += success(logits.detach(), labels, targets)
     if not total.abs().max().isfinite():
         raise UserError("the model's gradient with respect to its input is not finite")
-    return total / eot, margins / eot
+    return total / eot, successes / eot
 
 
 def project(x, images, eps, norm):
@@ -120,17 +127,17 @@ def strongest(model, candidates, labels, targets=None, draws=10):
     if not getattr(model, "is_random", True) and not is_random(model, candidates[0]):
         draws = 1
     with torch.no_grad():
-        margins = torch.stack([torch.stack([objective(model(x), labels, targets, "margin")
-                                            for _ in range(draws)]) for x in candidates])
-    error_rate, mean_margin = (margins > 0).float().mean(1), margins.mean(1)  # [candidates, B]
+        successes = torch.stack([torch.stack([success(model(x), labels, targets) for _ in range(draws)])
+                                 for x in candidates])
+    error_rate, mean_success = (successes > 0).float().mean(1), successes.mean(1)  # [candidates, B]
     errs_most = error_rate == error_rate.amax(0)
-    best = mean_margin.where(errs_most, -torch.inf).argmax(0)
+    best = mean_success.where(errs_most, -torch.inf).argmax(0)
     return torch.stack(candidates)[best, torch.arange(len(labels), device=best.device)]
 
 
-def without_gradient(gradient, margins):
-    """Which images are still right (margin below 0) and have a gradient of zero in every pixel: [B]."""
-    return (gradient.flatten(1).abs().amax(1) == 0) & (margins < 0)
+def without_gradient(gradient, successes):
+    """Which images are still right (success below 0) and have a gradient of zero in every pixel: [B]."""
+    return (gradient.flatten(1).abs().amax(1) == 0) & (successes < 0)
 
 
 def warn_of_weak_settings(model, eps, steps, step_size, random_start):
@@ -162,18 +169,17 @@ def warn_of_lost_gradients(underflows, masked, images):
 
 
 def pgd(model, images, labels, eps, steps, step_size=None, norm="linf", random_start=True,
-        restarts=1, eot=1, targets=None, loss="ce", early_stop=False, max_batch=None):
+        restarts=1, eot=1, targets=None, loss="ce", early_stop=False):
     """Projected gradient descent (Madry et al. 2018): adversarial images within eps, in [0, 1].
 
     model: [0, 1] images to logits, in evaluation mode. images [B, 3, H, W]; labels [B] (long).
     eps: radius; for norm "linf" in [0, 1] units (8/255), for "l2" the length over all pixels.
     step_size: default 2.5·eps/steps. FGSM is steps=1, step_size=eps, random_start=False.
     restarts: runs from so many starts and keeps the strongest (see there) for each image.
-    eot: draws of a random model averaged in each gradient. loss: "ce" or "margin".
+    eot: draws of a random model averaged in each gradient. loss: "ce", "margin", an entry of LOSSES.
     targets [B]: classes to move to; None to move away from the labels.
     early_stop: leave an image as it is once it fools the model. Only for deterministic models: on a
         random one it stops at lucky draws.
-    max_batch: draws of EOT run together up to so many images; None: one draw at a time.
     Where the cross-entropy of an image underflows, so that it has no gradient, the margin loss is used
     for that image, and a warning says for how many; another one for those without any gradient (that
     is masking), for a walk too short to cross the ball, and for a model in training mode.
@@ -187,8 +193,8 @@ def pgd(model, images, labels, eps, steps, step_size=None, norm="linf", random_s
         if classes.dtype != torch.long or classes.shape != (len(images),) or (classes < 0).any():
             raise UserError(f"labels and targets must be one class number (long) for each of the "
                             f"{len(images)} images")
-    if norm not in ("linf", "l2") or loss not in ("ce", "margin"):
-        raise UserError(f"norm must be linf or l2, loss ce or margin, not {norm!r} and {loss!r}")
+    if norm not in ("linf", "l2") or loss not in LOSSES:
+        raise UserError(f"norm must be linf or l2, loss {' or '.join(LOSSES)}, not {norm!r} and {loss!r}")
     if not 0 <= eps < float("inf") or (norm == "linf" and eps > 1):
         raise UserError(f"eps must be at least 0, and for linf at most 1 (8/255, say), not {eps}")
     if min(steps, restarts, eot) < 1 or (step_size is not None and not step_size >= 0):
@@ -204,18 +210,17 @@ def pgd(model, images, labels, eps, steps, step_size=None, norm="linf", random_s
             if not len(active):
                 break
             active_targets = None if targets is None else targets[active]
-            gradient, margins = input_gradient(model, x[active], labels[active], active_targets, loss,
-                                               eot, max_batch)
-            stuck = without_gradient(gradient, margins)  # still right, and nowhere to go
+            gradient, successes = input_gradient(model, x[active], labels[active], active_targets, loss, eot)
+            stuck = without_gradient(gradient, successes)  # still right, and nowhere to go
             if stuck.any():
                 numbers = active[stuck]
                 gradient[stuck], _ = input_gradient(
                     model, x[numbers], labels[numbers], None if targets is None else targets[numbers],
-                    "margin", eot, max_batch)
+                    "margin", eot)
                 underflows.update(numbers.tolist())
-                masked.update(active[without_gradient(gradient, margins)].tolist())
+                masked.update(active[without_gradient(gradient, successes)].tolist())
             if early_stop:
-                not_yet_fooled = margins <= FOOLED_MARGIN  # the others leave for good
+                not_yet_fooled = successes <= FOOLED_MARGIN  # the others leave for good
                 active, gradient = active[not_yet_fooled], gradient[not_yet_fooled]
             if norm == "linf":
                 direction = gradient.sign()
@@ -307,7 +312,8 @@ def arguments():
     add("--step-size", type=cli.eps, help="of pgd, as 2/255; default 2.5 eps/steps")
     add("--restarts", type=cli.count, default=1, help="of pgd, default 1")
     add("--eot", type=cli.count, default=8, help="draws in each gradient of pgd+eot, default 8")
-    add("--loss", nargs="+", choices=["ce", "margin"], default=["ce"], help="both: the stronger one")
+    add("--loss", nargs="+", choices=LOSSES, default=["ce"],
+        help="several: the strongest; default ce")
     add("--threat", choices=["white", "gray"], default="white", help="gray: the classifier alone")
     args = cli.parse(parser)
     if args.norm == "l2" and args.eps is None:
@@ -339,8 +345,7 @@ def attack_settings(args, name, eps, random):
         settings["step_size"] = 2.5 * eps / args.steps
     settings.update(ATTACKS[base].fixed(eps))
     averaged = name != base and random and args.threat == "white"
-    settings.update(eot=args.eot if averaged else 1, max_batch=args.max_batch,
-                    early_stop=not random and args.threat == "white")
+    settings.update(eot=args.eot if averaged else 1, early_stop=not random and args.threat == "white")
     return settings
 
 
@@ -412,14 +417,14 @@ def main():
     clean_of = {}
     for cell in cells:
         one, settings = cell.one, cell.settings
-        if one.words not in clean_of:
-            clean_of[one.words] = percent(measure_clean(cell, args, batches, device), images_in_all)
+        if one.model not in clean_of:
+            clean_of[one.model] = percent(measure_clean(cell, args, batches, device), images_in_all)
         ball = f"{255 * cell.eps:.4g}/255" if args.norm == "linf" else f"{cell.eps:g}"
         correct, seconds = measure_robust(
             cell, args, batches, device,
             lambda text, done: progress.show(f"{one.words}, {ball}, {cell.name}: {text}", done))
         progress.clear()
-        clean, robust = clean_of[one.words], percent(correct, images_in_all)
+        clean, robust = clean_of[one.model], percent(correct, images_in_all)
         speed = f"{images_in_all * gradients_of_image(settings, args) / seconds:.0f}"
         print(f"{one.words:{width}} {ball:>7}  {cell.name:{name_width}} "
               f"{report.interval(clean, images_in_all):>19} {report.interval(robust, images_in_all):>19} "

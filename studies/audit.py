@@ -82,7 +82,7 @@ def audit(defense, images, labels, eps, steps, eot, draws, max_batch, others=(),
 
     def attacked(model=defense, **changes):
         """Adversarial images of PGD, with other settings where they are given."""
-        settings = {**dict(eps=eps, steps=steps, eot=eot, max_batch=max_batch), **changes}
+        settings = {**dict(eps=eps, steps=steps, eot=eot), **changes}
         adversarial = in_batches(lambda a, b: pgd(model, a, b, **settings), images, labels, max_batch)
         check_adversarial(adversarial, images, settings["eps"], "linf")
         return adversarial

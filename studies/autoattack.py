@@ -70,7 +70,7 @@ def main():
         draws = DRAWS if random else 1
         training.seed_epoch(args.seed, 0)
         ours = pgd(model, images, labels, eps, args.steps, eot=args.eot if random else 1,
-                   early_stop=not random, max_batch=args.max_batch)
+                   early_stop=not random)
         of_pgd = 100 * accuracy(model, ours, labels, draws).mean().item()
         started = time.perf_counter()
         attack = AutoAttack(model, eps=eps, version=version, seed=args.seed, device=device)

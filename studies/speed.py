@@ -102,7 +102,7 @@ def gradient_difference(plain, autoencoder, classifier, images, labels):
     torch.set_float32_matmul_precision("highest")  # TF32 rounds to 1e-3
     with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
         expected = plain_gradient(plain, images, labels, noise)
-        actual, _ = input_gradient(ours, images, labels, None, "ce", eot=2, max_batch=2 * len(images))
+        actual, _ = input_gradient(ours, images, labels, None, "ce", eot=2)
     torch.set_float32_matmul_precision(precision)
     difference = ((actual - expected).abs().max() / expected.abs().max()).item()
     if not difference <= TOLERANCE:
@@ -130,7 +130,7 @@ def compile_models(device, *models):
             model.compile()
 
 
-def workloads(autoencoder, classifier, plain, images, labels, max_batch):
+def workloads(autoencoder, classifier, plain, images, labels):
     """Yields (name, items of each image, ours, plain or None); what was trained is then frozen."""
     de3, finetuned = [De3(autoencoder, classifier, sigma) for sigma in (SIGMA, "uniform:0,30")]
 
@@ -155,7 +155,7 @@ def workloads(autoencoder, classifier, plain, images, labels, max_batch):
     yield "De³, images", 1, lambda: torch.no_grad()(de3)(images), None
     for eot in EOTS:
         yield (f"PGD, EOT {eot}, gradients", STEPS * eot,
-               lambda: pgd(de3, images, labels, EPS, STEPS, eot=eot, max_batch=max_batch),
+               lambda: pgd(de3, images, labels, EPS, STEPS, eot=eot),
                lambda: plain_pgd(plain, images, labels, eot))
 
 
@@ -186,7 +186,6 @@ def arguments():
     add = parser.add_argument
     add("--size", choices=SIZES, default="small", help="default small")
     add("--batch", type=cli.count, default=16, help="images at once, default 16")
-    add("--max-batch", type=cli.count, default=256, help="our EOT draws run together up to this")
     add("--seconds", type=cli.number(float), default=10, help="of each line at least, default 10")
     add("--seed", type=cli.number(int), default=0, help="default 0")
     add("--device", choices=["auto", "cpu", "cuda"], default="auto", help="default auto")
@@ -199,8 +198,6 @@ def main():
     args = arguments()
     device = cli.open_device(args.device)
     cli.one_process("the measurement of speed")
-    if args.batch > args.max_batch:
-        raise UserError(f"--batch {args.batch} is more than --max-batch {args.max_batch}: lower it")
     bf16 = device.type == "cuda" if args.bf16 is None else args.bf16
     precisions = {"fp32": torch.float32, "bf16": torch.bfloat16} if bf16 else {"fp32": torch.float32}
 
@@ -229,8 +226,7 @@ def main():
         print(f"matrix product, {side} x {side}, {precision}: {rate / 1e12:.3f} TFLOP/s")
     print("On a CPU peak memory is that of the whole process so far: it can only grow.\n\n"
           f"{'':34} per second  x plain  % of matrix rate  peak GiB")
-    for name, items, ours, plain_work in workloads(autoencoder, classifier, plain, images, labels,
-                                                   args.max_batch):
+    for name, items, ours, plain_work in workloads(autoencoder, classifier, plain, images, labels):
         with torch.compiler.set_stance("force_eager"), FlopCounterMode(display=False) as counter:
             ours()
         calls = {"plain fp32": plain_work} if plain_work else {}

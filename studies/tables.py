@@ -36,6 +36,9 @@ class Table(NamedTuple):
     every: int = 1
 
 
+# flags that say where and how something is trained, not what
+NOT_RECIPE = ("--out", "--autoencoder", "--data", "--seed", "--bf16", "--no-bf16", "--workers", "--device",
+              "--max-batch", "--resume", "--overwrite")
 PRETRAINING = {"nim": "", "mim": "--task mim", "nim120": "--sigma 120", "nim_paper": "--sigma gamma:25,3"}
 DE3 = ("de3:0", "de3:100", "de3:200")
 MASKED = ("mim:0.5", "mim:0.75")
@@ -98,6 +101,32 @@ def missing_commands(table, chosen, at, seeds, dataset):
                 commands[f"python finetune.py --autoencoder {shlex.quote(str(pretrained))} "
                          f"{entry.flags} --out {shlex.quote(str(trained))}"] = None
     return [command.replace("  ", " ") for command in commands]
+
+
+def flags_of(command):
+    """The flags of a training command that decide what is trained, each with its value."""
+    found, flag = set(), []
+    for word in [*shlex.split(command), "--"]:
+        if word.startswith("--"):
+            if flag and flag[0] not in NOT_RECIPE:
+                found.add(" ".join(flag))
+            flag = [word]
+        elif flag:
+            flag.append(word)
+    return found
+
+
+def say_other_recipe(entry, table, folder, checkpoint):
+    """A note where a run, or its pretraining, was made by other flags than the table names."""
+    made = [(folder, "finetune.py", checkpoint, entry.flags)]
+    if checkpoint.get("autoencoder") is not None:
+        made.append((f"the autoencoder of {folder}", "pretrain.py", checkpoint["autoencoder"],
+                     table.pretraining[entry.autoencoder]))
+    for what, script, of_run, flags in made:
+        used = flags_of(of_run["made_by"][0]["command"])
+        if used != flags_of(flags):
+            print(f"note: {what} was made by: python {script} {' '.join(sorted(used))}, and the table says: "
+                  f"python {script} {flags}".rstrip())
 
 
 def choose(table, names):

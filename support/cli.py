@@ -94,7 +94,7 @@ def stage_parser(docstring):
     add("--device", default="auto", help="auto (default: cuda if there is one), cpu, cuda, ...")
     add("--workers", type=number(int), default=2, help="image loading processes, default 2")
     add("--max-batch", type=count, help="images that a device sees at once: memory; training "
-        "accumulates gradients, EOT draws run together up to this; default 256 (large 128, huge 64)")
+        "accumulates gradients; default 256 (large 128, huge 64)")
     add("--bf16", action=argparse.BooleanOptionalAction, default=None,
         help="bfloat16 autocast; default: in training on a GPU, nowhere else; a CPU gains by it only "
         "if it has bfloat16 instructions")

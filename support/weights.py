@@ -329,6 +329,13 @@ def load_defenses(args, device, votes=1):
     return tested
 
 
+def say_other_data(source, checkpoint, dataset):
+    """A note where a run is tested on another data set than it was trained on."""
+    trained_on = checkpoint["data"]["name"]
+    if trained_on != dataset:
+        print(f"note: {source} was trained on {trained_on} and is tested on {dataset}")
+
+
 def load_test_images(args, tested, device):
     """What --data, --split and --images ask for: (batches of this process's share, how many in all).
 
@@ -339,11 +346,10 @@ def load_test_images(args, tested, device):
     images = data.load_dataset(args.data, args.split, first["config"]["image_size"])
     order = None  # of the classes, once a run has said it
     for source, checkpoint in {one.run: one.checkpoint for one in tested}.items():
-        config, trained_on = checkpoint["config"], checkpoint["data"]["name"]
+        config = checkpoint["config"]
         if config["image_size"] != first["config"]["image_size"]:
             raise UserError("the runs take images of different sizes: test them in two calls")
-        if trained_on != args.data:
-            print(f"note: {source} was trained on {trained_on} and is tested on {args.data}")
+        say_other_data(source, checkpoint, args.data)
         if checkpoint["classes"] is not None:
             if order not in (None, checkpoint["classes"]):
                 raise UserError("the runs number the classes differently: test them in two calls")

@@ -160,6 +160,12 @@ class TestCompare(WithSmallTable):
     def test_means_over_seeds(self):
         """Mean and standard deviation, of each defense at each level."""
         shutil.copytree(self.runs(), self.folder / "seed1")
+        assert_refused(self.compare("--only", "undefended", "--seeds", 0, 1),
+                       "seed1/clean was trained with seed 0")
+        checkpoint = torch.load(self.folder / "seed1/clean/checkpoint.pt")
+        checkpoint["settings"]["seed"] = 1
+        torch.save(checkpoint, self.folder / "seed1/clean/checkpoint.pt")
+        (self.folder / "compare.csv").unlink()
         figures = [dict(clean=90 + seed, no_eot=50 + 2 * seed, one_shot=40 + 2 * seed)
                    for seed in (0, 1)]
         with mock.patch.object(compare, "measure", side_effect=figures):
@@ -171,6 +177,17 @@ class TestCompare(WithSmallTable):
         names = ("clean", "worst", "no eot", "one shot", "gray box", "l2")
         self.assertEqual([found[name] for name in names],
                          ["90.5 ± 0.7", "41.0 ± 1.4", "51.0 ± 1.4", "41.0 ± 1.4", "-", "-"])
+
+    def test_other_recipe(self):
+        """A run that the table's flags did not make is named, with those that made it."""
+        shutil.copytree(self.runs() / "de3", self.folder / "clean", dirs_exist_ok=True)
+        with mock.patch.object(compare, "measure", return_value=dict.fromkeys(compare.MEASURED, 50.0)):
+            result = finished(self.compare("--only", "undefended"))
+        self.assertRegex(result.out, "note: .*clean was made by: python finetune.py .*--sigma uniform:0,30"
+                                     ".*, and the table says: python finetune.py --mode clean\n")
+        same = "python finetune.py --bf16 --sigma uniform:0,30 --seed 3 --out runs/x --workers 2"
+        self.assertEqual(tables.flags_of(same), tables.flags_of("--sigma uniform:0,30"))
+        self.assertNotEqual(tables.flags_of(same + " --epochs 2"), tables.flags_of(same))
 
     def test_cut_short(self):
         """What was measured before is kept, and the rest is measured."""
@@ -267,7 +284,7 @@ class TestReadings(unittest.TestCase):
         """What `measure` finds for a defense of the linear classifier, on 40 digits."""
         _, (images, labels) = linear_on_digits()
         batches = [(images[:20], labels[:20]), (images[20:40], labels[20:40])]
-        return compare.measure(model, batches, eps=0.05, l2=0.5, steps=5, eot=4, seed=0, max_batch=256)
+        return compare.measure(model, batches, eps=0.05, l2=0.5, steps=5, eot=4, seed=0)
 
     def test_readings(self):
         """Stricter readings are lower; where nothing is random they are one."""
@@ -293,7 +310,7 @@ class TestReadings(unittest.TestCase):
         model, (images, labels) = linear_on_digits()
         defense = De3(small_autoencoder(image_size=32).eval(), model, 20)
         with mock.patch.object(compare, "pgd", wraps=compare.pgd) as attacks:
-            found = compare.measure(defense, [(images[:8], labels[:8])], 0.05, 0, 2, 2, 0, 256)
+            found = compare.measure(defense, [(images[:8], labels[:8])], 0.05, 0, 2, 2, 0)
         gray = [call for call in attacks.call_args_list if call.args[0] is model]
         self.assertEqual(len(gray), 1)
         self.assertEqual(gray[0].kwargs.get("eot", 1), 1)
@@ -308,7 +325,7 @@ class TestReadings(unittest.TestCase):
         for sigma, expected in ((20, 3), (0, 9)):
             defense = De3(small_autoencoder(image_size=32).eval(), model, sigma)
             with mock.patch.object(compare, "pgd", wraps=compare.pgd) as attacks:
-                compare.measure(defense, [(images[:9], labels[:9])], 0.05, 1, 2, 2, 0, 256, every=3)
+                compare.measure(defense, [(images[:9], labels[:9])], 0.05, 1, 2, 2, 0, every=3)
             seen = {call.args[0] is model: set() for call in attacks.call_args_list}
             for call in attacks.call_args_list:
                 seen[call.args[0] is model].add(len(call.args[1]))
@@ -320,16 +337,18 @@ class TestReadings(unittest.TestCase):
 
         def own_noise(x, sigma, noise=None):
             return x + 0.1 * torch.rand_like(x)
-        with mock.patch("model.add_noise", own_noise):
-            with self.assertRaisesRegex(UserError, "with_known_noise"):
-                compare.with_known_noise(NoiseOnly(None, model, 100), images[:5], labels[:5], 0.05, 2, 256)
+        with mock.patch("model.add_noise", own_noise), contextlib.redirect_stdout(io.StringIO()) as printed:
+            found = compare.measure(NoiseOnly(None, model, 100), [(images[:5], labels[:5])], 0.05, 0, 2, 2, 0)
+        self.assertNotIn("noise_known", found)
+        self.assertIn("one_shot", found)
+        self.assertIn("noise known is left out", printed.getvalue())
 
     def test_known_noise_is_the_same_for_all_images(self):
         """And the attacker's: each of three noises is drawn once, fixed, and attacked without EOT."""
         model, (images, labels) = linear_on_digits()
         defense = NoiseOnly(None, model, 100)
         with mock.patch.object(compare, "pgd", wraps=compare.pgd) as attacks:
-            compare.with_known_noise(defense, images[:5], labels[:5], 0.05, 4, 256)
+            compare.with_known_noise(defense, images[:5], labels[:5], 0.05, 4)
         noises = [call.args[0].noise for call in attacks.call_args_list]
         self.assertEqual([noise.shape for noise in noises], [images[0].shape] * compare.KNOWN_NOISES)
         self.assertFalse(torch.equal(noises[0], noises[1]))

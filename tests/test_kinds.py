@@ -100,12 +100,11 @@ class TestNoiseLaw(unittest.TestCase):
 
 # --------------------------------------------------------------------------------------- attacks
 
-def momentum(model, images, labels, eps, steps, step_size, norm, restarts, eot, loss, early_stop,
-             max_batch):
+def momentum(model, images, labels, eps, steps, step_size, norm, restarts, eot, loss, early_stop):
     """The sign of a running mean of gradients, from the image: another attack with pgd's arguments."""
     x, mean = images.clone(), torch.zeros_like(images)
     for _ in range(steps):
-        gradient, _ = attack.input_gradient(model, x, labels, None, loss, eot, max_batch)
+        gradient, _ = attack.input_gradient(model, x, labels, None, loss, eot)
         mean = 0.9 * mean + gradient / gradient.abs().mean((1, 2, 3), keepdim=True).clamp(min=1e-12)
         x = attack.project(x + step_size * mean.sign(), images, eps, norm)
     return x
@@ -142,8 +141,7 @@ class TestAttack(unittest.TestCase):
         for function in (pgd, momentum):
             for eot in (1, 5):
                 calls.clear()
-                settings = dict(steps=3, step_size=0.01, restarts=1, eot=eot, max_batch=None,
-                                early_stop=False)
+                settings = dict(steps=3, step_size=0.01, restarts=1, eot=eot, early_stop=False)
                 correct = attack.attack_batches(function, defense, defense, [(images, labels)], 0.1,
                                                 "linf", ["ce"], 7, settings)
                 self.assertEqual(sum(calls), 4 * (3 * eot + 7))
@@ -336,7 +334,7 @@ class TestDefense(unittest.TestCase):
                 return x[:, :, 0, :3].sum(1) + 0.1 * torch.randn(len(x), 3)
         images, labels = random_images(8, 3, 16, 16), torch.zeros(8, dtype=torch.long)
         with mock.patch.object(compare, "pgd", wraps=compare.pgd) as attacks:
-            found = compare.measure(Shaky(), [(images, labels)], 0.05, 0.5, 2, 4, 0, 256)
+            found = compare.measure(Shaky(), [(images, labels)], 0.05, 0.5, 2, 4, 0)
         self.assertEqual(sorted(call.kwargs.get("eot", 1) for call in attacks.call_args_list),
                          [1, 4, 4, 4])
         self.assertLessEqual(found["ten_tries"], found["one_shot"])

@@ -2,6 +2,7 @@
 
 import unittest
 import warnings
+from unittest import mock
 
 import numpy as np
 import torch
@@ -81,20 +82,41 @@ class TestPgdOptions(unittest.TestCase):
         self.assertEqual(len(calls), 12)
         self.assertEqual(len({call.sum().item() for call in calls}), 12)
 
-    def test_draws_together(self):
-        """EOT draws in one batch: as many as max_batch allows, with the same mean gradient."""
-        sizes = []
-        hook = self.model.register_forward_pre_hook(lambda module, x: sizes.append(len(x[0])))
-        one, _ = attack.input_gradient(self.model, self.images, self.labels, None, "ce", 1)
-        for max_batch, expected in [(None, [6] * 5), (6, [6] * 5), (17, [12, 12, 6]), (30, [30]),
-                                    (1000, [30]), (2, [6] * 5)]:
-            sizes.clear()
-            many, margins = attack.input_gradient(self.model, self.images, self.labels, None, "ce", 5,
-                                                  max_batch)
-            self.assertEqual(sizes, expected)
-            assert_near(many, one)
-            assert_near(margins, attack.margin(self.model(self.images), self.labels).detach())
-        hook.remove()
+    def test_one_draw_a_call(self):
+        """A model that draws once for a whole call is averaged over as many draws as any other."""
+        class OnePerCall(nn.Module):
+            def __init__(self, model):
+                super().__init__()
+                self.model, self.drawn = model, []
+
+            def forward(self, x):
+                self.drawn.append(torch.rand(()).item())
+                return self.model(x * self.drawn[-1])
+        model = OnePerCall(self.model)
+        many, successes = attack.input_gradient(model, self.images, self.labels, None, "ce", 5)
+        self.assertEqual(len(set(model.drawn)), 5)
+        one_by_one = [(scale * self.images, scale) for scale in model.drawn]
+        expected = sum(scale * attack.input_gradient(self.model, x, self.labels, None, "ce", 1)[0]
+                       for x, scale in one_by_one) / 5
+        assert_near(many, expected)
+        margins = [attack.margin(self.model(x), self.labels).detach() for x, _ in one_by_one]
+        assert_near(successes, sum(margins) / 5)
+
+    def test_own_loss(self):
+        """Whatever the attacker raises, an image counts as fooled where its label is not predicted.
+
+        A loss that is above 0 everywhere would otherwise end an attack with early stop at once.
+        """
+        labels = self.model(self.images).argmax(1)
+
+        def smoothed(logits, labels):
+            return F.cross_entropy(logits, labels, reduction="none", label_smoothing=0.1)
+        with mock.patch.dict(attack.LOSSES, smoothed=smoothed):
+            x = pgd(self.model, self.images, labels, 0.03, 10, loss="smoothed", early_stop=True)
+        plain = pgd(self.model, self.images, labels, 0.03, 10, early_stop=True)
+        still_right = [(self.model(images).argmax(1) == labels).sum() for images in (x, plain)]
+        self.assertLess(still_right[1], len(labels))
+        self.assertLessEqual(still_right[0], still_right[1] + 1)
 
     def test_early_stop(self):
         """Images that already err stay as they are; no image that would be fooled is lost."""
