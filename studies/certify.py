@@ -5,10 +5,11 @@
 
 Inside the radius the class that De³ gives most often over its noise stays the same, with 99.9%
 confidence: (σ/255)·Φ⁻¹(p), p a lower bound of that class's probability. The class is guessed from
---n0 draws, its probability bounded from --n others. Writes certify_<run>_sigma<σ>.csv, a row per image,
-into the folder in which the first run lies.
+--n0 draws, its probability bounded from --n others. Appends a row for each image to certify.csv in the
+folder in which the first run lies.
 """
 
+import copy
 import math
 from pathlib import Path
 from statistics import NormalDist
@@ -54,12 +55,34 @@ def adds_gaussian_noise(defense, images):
         return torch.allclose(defense.add_noise(images), expected, atol=1e-5)
 
 
-def check_certifiable(defense):
-    """UserError where the theorem does not apply."""
+def sees_the_noisy_image_alone(defense, images):
+    """Whether a defense adds its noise to these images as they are, and then sees nothing else of them.
+
+    It is run on them, and on others to which the same noisy images are given: the logits are equal.
+    """
+    given, logits = [], []
+    noisy = images + defense.sigma.fixed / 255 * torch.randn_like(images)
+    twin = copy.copy(defense)
+
+    def noisy_whatever_comes(x):
+        given.append(x)
+        return noisy
+    twin.add_noise = noisy_whatever_comes
+    for x in (images, 1 - images):
+        with torch.no_grad(), torch.random.fork_rng():
+            torch.manual_seed(0)  # a classifier may be random
+            logits.append(twin(x))
+        if len(given) != len(logits) or not torch.equal(given[-1], x):
+            return False
+    return torch.allclose(logits[0], logits[1], rtol=1e-3, atol=1e-4)
+
+
+def check_certifiable(defense, image):
+    """UserError where the theorem does not apply; image [3, H, W] is one to try the defense on."""
     fixed = isinstance(defense, De3) and defense.sigma.fixed
     if not fixed or not defense.is_random:
         raise UserError("a certificate needs Gaussian noise: De³ or noise only at one --sigma above 0")
-    if not adds_gaussian_noise(defense, torch.full((4, 3, 32, 32), 0.5)):
+    if not adds_gaussian_noise(defense, image.expand(4, -1, -1, -1)):
         raise UserError("no certificate: add_noise in model.py does not add the Gaussian ε·σ/255 that the "
                         "theorem is about")
     if defense.autoencoder is not None and defense.autoencoder.norm_pix:
@@ -67,6 +90,9 @@ def check_certifiable(defense):
                         "the noise")
     if defense.votes != 1:
         raise UserError("a certificate is for the majority of single draws: leave votes at 1")
+    if not sees_the_noisy_image_alone(defense, image[None]):
+        raise UserError(f"no certificate: {defense.title} sees more of the image than image + ε·σ/255, which "
+                        "the theorem is about")
 
 
 def count_classes(defense, image, draws, max_batch):
@@ -86,7 +112,7 @@ def certify(defense, image, n0, n, max_batch):
     It holds, with 99.9% confidence, for the class that De³ gives most often over its noise, not for
     one draw. Raises UserError where the theorem does not apply.
     """
-    check_certifiable(defense)
+    check_certifiable(defense, image)
     label = count_classes(defense, image, n0, max_batch).argmax().item()  # guessed from draws of its own
     hits = count_classes(defense, image, n, max_batch)[label].item()
     p = lower_bound(hits, n)
@@ -95,13 +121,14 @@ def certify(defense, image, n0, n, max_batch):
     return label, hits, defense.sigma.fixed / 255 * NormalDist().inv_cdf(p)
 
 
-def certify_images(defense, single_images, n0, n, max_batch, show):
-    """A list of dicts, one for each batch of one image: number, label, predicted, hits, radius."""
+def certify_images(defense, single_images, n0, n, max_batch, show, keep):
+    """A list of dicts, one for each batch of one image; keep(row) is called with each as it is there."""
     rows = []
     for number, (images, label) in enumerate(single_images):
         predicted, hits, radius = certify(defense, images[0], n0, n, max_batch)
         rows.append(dict(image=number, label=int(label), predicted=predicted, hits=hits, draws=n,
                          l2_radius=radius))
+        keep(rows[-1])
         show(f"σ = {defense.sigma}: image {number + 1} of {len(single_images)}",
              (number + 1) / len(single_images))
     return rows
@@ -121,14 +148,10 @@ def print_table(rows, defense, n, image_shape):
     print(f"\nThe radius is an L2 length over all pixels; {n} draws certify at most {most:.2f} (--n)\n")
 
 
-def save_table(path, rows, origin):
-    """One row for each image; ABSTAIN where no class can be certified. origin: of every row."""
-    in_text = []
-    for row in rows:
-        predicted = "ABSTAIN" if row["predicted"] is None else row["predicted"]
-        in_text.append({**row, "predicted": predicted, "l2_radius": f"{row['l2_radius']:.6f}", **origin})
-    report.write_table(path, list(in_text[0]), in_text)
-    print(f"wrote {path}\n")
+def in_text(row):
+    """A row of the table; ABSTAIN where no class can be certified."""
+    predicted = "ABSTAIN" if row["predicted"] is None else row["predicted"]
+    return {**row, "predicted": predicted, "l2_radius": f"{row['l2_radius']:.6f}"}
 
 
 def arguments():
@@ -149,24 +172,27 @@ def main():
     tested = weights.load_defenses(args, device)
     if "sigma" not in args.given:  # of the defaults those that can be certified
         tested = [one for one in tested if getattr(one.defense, "is_random", False)] or tested
-    for one in tested:
-        check_certifiable(one.defense)
     batches, images_in_all = weights.load_test_images(args, tested, device)
+    first_image = next(iter(batches))[0][0]
+    for one in tested:
+        with cli.autocast(args.bf16, device):
+            check_certifiable(one.defense, first_image)
+    table = report.open_table(args.out / "certify.csv")
     pixels, progress = data.digest_of(batches), cli.Progress()
     for one in tested:
+        origin = dict(run=one.run, defense=one.words, level=one.level, n0=args.n0, data=args.data,
+                      split=args.split, images=images_in_all, pixels=pixels, seed=args.seed,
+                      precision="bf16" if args.bf16 else "fp32", **run.origin_of_row(one.defense, CODE))
         training.seed_epoch(args.seed, 0)
         single_images = data.Loader(batches.images, 1, device=device)
         with cli.autocast(args.bf16, device):
-            rows = certify_images(one.defense, single_images, args.n0, args.n, args.max_batch,
-                                  progress.show)
+            rows = certify_images(one.defense, single_images, args.n0, args.n, args.max_batch, progress.show,
+                                  lambda row: report.append_row(table, {**origin, **in_text(row)}))
         progress.clear()
         print(f"{one.words}: {images_in_all} {args.split} images, class from {args.n0} draws, bound from "
               f"{args.n}, 99.9% confidence, seed {args.seed}\n")
         print_table(rows, one.defense, args.n, batches.images[0][0].shape)
-        origin = dict(data=args.data, split=args.split, pixels=pixels, seed=args.seed,
-                      **run.origin_of_row(one.defense, CODE))
-        name = f"certify_{Path(one.run).name}_sigma{one.defense.sigma}.csv"
-        save_table(args.out / name, rows, origin)
+    print(f"wrote {table}")
 
 
 if __name__ == "__main__":

@@ -59,6 +59,20 @@ def name_of(row):
     return row["defense"] if "one_shot" in row else row["defense"].replace(f" {row['level']}", "")
 
 
+def with_runs_in_names(rows):
+    """Rows of attack.csv; where the defenses of several runs have one name, the run stands behind it."""
+    plain = [{**row, "defense": row["defense"].removesuffix(f" ({row.get('run')})")} for row in rows]
+    runs = {}
+    for row in plain:
+        runs.setdefault(name_of(row), set()).add(row.get("run"))
+    named = []
+    for row in plain:
+        if len(runs[name_of(row)]) > 1:
+            row = {**row, "defense": f"{row['defense']} ({row['run']})"}
+        named.append(row)
+    return named
+
+
 def curve_of(row):
     """What rows of the same weights have in common: run, name, and, in compare.csv, the training's seed."""
     return row.get("run"), name_of(row), row["seed"] if "one_shot" in row else ""
@@ -75,7 +89,7 @@ def choose_rows(rows, args):
     for name, wanted in (("attack", args.attack), ("eps", args.eps and f"{args.eps:.6g}"),
                          ("threat", args.threat)):
         if wanted:
-            chosen = keep([row for row in chosen if row.get(name, "").removesuffix("+eot") == wanted],
+            chosen = keep([row for row in chosen if row.get(name, "").removesuffix("+eot") == wanted.removesuffix("+eot")],
                           f"of another {name}")
     if not chosen:
         raise UserError("the table holds no row of that attack")
@@ -96,8 +110,9 @@ def choose_rows(rows, args):
                       f"of another attack than {base}")
         latest = {}
         for row in sorted(chosen, key=lambda row: row["attack"].endswith("+eot")):
-            latest[row["defense"], row.get("seed", "")] = row
+            latest[row.get("run"), row["defense"], row.get("seed", "")] = row
         chosen = keep(list(latest.values()), "measured again, or without EOT beside one with it")
+        chosen = with_runs_in_names(chosen)
         seeds = {row.get("seed", "") for row in chosen}
         if len(seeds) > 1:  # of the attack, not of the training
             chosen = keep([row for row in chosen if row.get("seed", "") == last.get("seed", "")],
@@ -226,8 +241,8 @@ def draw(path, points, title):
 
 def names_to_draw(points):
     """The defenses of a table that are drawn, at most six, in SHOWN's order; the others are printed."""
-    chosen = [name for name in SHOWN if name in points] or list(points)
-    drawn = chosen[:len(STYLES)]
+    chosen = [name for shown in SHOWN for name in points if name.partition(" (")[0] == shown]
+    drawn = (chosen or list(points))[:len(STYLES)]
     for name in points:
         if name not in drawn:
             print(f"left out: {name}, which is not among the defenses of this picture")

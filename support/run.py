@@ -241,6 +241,14 @@ def fingerprint(model):
     return sha.hexdigest()[:12]
 
 
+def identity(model):
+    """A fingerprint of a model with the buffers that its checkpoint does not hold: mean and deviation."""
+    sha = hashlib.sha256(fingerprint(model).encode())
+    for value in model.buffers():
+        sha.update(value.float().cpu().numpy().tobytes())
+    return sha.hexdigest()[:12]
+
+
 def origin_of_row(model, files):
     """What a row of a table says of its origin: the weights measured, the code, and the commit.
 
@@ -249,7 +257,7 @@ def origin_of_row(model, files):
     own = [inspect.getsourcefile(kind) for kind in type(model).__mro__ if kind.__module__ != "builtins"]
     own = [Path(name).resolve() for name in own if name]
     own = [path.relative_to(REPOSITORY).as_posix() for path in own if path.is_relative_to(REPOSITORY)]
-    return dict(weights=fingerprint(model), code=digest_of_files({*files, *own}), commit=commit())
+    return dict(weights=identity(model), code=digest_of_files({*files, *own}), commit=commit())
 
 
 def digest_of_files(files):

@@ -12,7 +12,7 @@ from model import De3, MaskAndFill, NoiseOnly, UserError
 from studies import certify
 from support import run as run_module
 from tests.helpers import (assert_refused, digits_runs, finished, linear_on_digits, new_folder,
-                           photo_classifier, read_csv, run, small_autoencoder, small_classifier)
+                           photo_classifier, random_images, read_csv, run, small_autoencoder, small_classifier)
 
 
 class TestCertificate(unittest.TestCase):
@@ -57,14 +57,14 @@ class TestCertificate(unittest.TestCase):
                         De3(plain, model, 0), NoiseOnly(None, model, "uniform:1,9"),
                         MaskAndFill(plain, model, 0.5)):
             self.assertRaises(UserError, certify.certify, defense, image, 10, 10, 10)
-        certify.check_certifiable(De3(plain, model, 50))
+        certify.check_certifiable(De3(plain, model, 50), image)
 
     def test_script(self):
         """The printed table is the share of the rows that are right and reach the radius."""
         folder, out = digits_runs()[0], new_folder()
         flags = (folder / "de3", "--images", 9, "--n0", 5, "--n", 20, "--out", out)
         result = finished(run("studies.certify", *flags))
-        table = out / "certify_de3_sigma50.csv"
+        table = out / "certify.csv"
         self.assertEqual(result.out.count("wrote "), 1)  # σ = 0 has no certificate
         self.assertIn(f"wrote {table}", result.out)
         rows = read_csv(table)
@@ -80,7 +80,7 @@ class TestCertificate(unittest.TestCase):
             self.assertAlmostEqual(float(certified), 100 * len(reached) / 9, delta=0.06)
         autoencoder, _ = run_module.load(folder / "nim", "autoencoder")
         classifier, _ = run_module.load(folder / "de3", "classifier")
-        weights = run_module.fingerprint(De3(autoencoder, classifier, 50))
+        weights = run_module.identity(De3(autoencoder, classifier, 50))
         for row in rows:
             self.assertEqual((row["weights"], row["commit"], row["data"], row["seed"]),
                              (weights, run_module.commit(), "digits", "0"))
@@ -91,18 +91,32 @@ class TestCertificate(unittest.TestCase):
         out = new_folder()
         finished(run("studies.certify", photo_classifier("clean"), "--defense", "no-denoise:25",
                      "--images", 2, "--n", 10, "--out", out))
-        self.assertEqual(len(read_csv(out / "certify_clean_sigma25.csv")), 2)
+        self.assertEqual(len(read_csv(out / "certify.csv")), 2)
 
     def test_other_noise(self):
         """After add_noise was edited, whatever else it adds, there is no certificate."""
-        defense = De3(small_autoencoder(), small_classifier(), 50).eval()
-        certify.check_certifiable(defense)
+        defense, image = De3(small_autoencoder(), small_classifier(), 50).eval(), random_images()[0]
+        certify.check_certifiable(defense, image)
 
         def poisson(images, sigma, noise=None):
             return torch.poisson(100 * images.clamp(min=0)) / 100
         with mock.patch("model.add_noise", poisson):
             with self.assertRaisesRegex(UserError, "add_noise in model.py"):
-                certify.check_certifiable(defense)
+                certify.check_certifiable(defense, image)
+
+    def test_way_around_the_noise(self):
+        """A defense that mixes the image itself into what the classifier sees, or changes it before."""
+        class Mixed(De3):
+            def purify(self, images):
+                return 0.5 * super().purify(images) + 0.5 * images
+
+        class Rounded(De3):
+            def purify(self, images):
+                return super().purify((images * 4).round() / 4)
+        for kind in (Mixed, Rounded):
+            defense = kind(small_autoencoder(), small_classifier(), 50).eval()
+            with self.assertRaisesRegex(UserError, "sees more of the image"):
+                certify.check_certifiable(defense, random_images()[0])
 
     def test_script_refuses(self):
         """And writes nothing."""

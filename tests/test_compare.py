@@ -462,7 +462,8 @@ class TestPlot(unittest.TestCase):
         points, title, _ = self.choose(rows, eps=8 / 255)
         self.assertEqual(points["undefended"]["off"], [(90, 88)])
         self.assertIn("8/255", title)
-        self.assertEqual(self.choose(rows, attack="pgd")[0], POINTS)
+        for name in ("pgd", "pgd+eot"):
+            self.assertEqual(self.choose(rows, attack=name)[0], POINTS)
         with self.assertRaisesRegex(ValueError, "no row of that attack"):
             self.choose(rows, eps=0.5)
 
@@ -473,6 +474,16 @@ class TestPlot(unittest.TestCase):
         points, _, printed = self.choose([*ATTACKED, mim, again])
         self.assertEqual(points["De³"]["σ = 50"], [(90, 44)])
         self.assertIn("left out: 1 rows of masking", printed)
+
+    def test_two_runs_of_one_name(self):
+        """A curve for each run, whichever call put the run into the name."""
+        other = [attack_row("De³ σ = 0", run="runs/bad", robust="1"),
+                 attack_row("De³ σ = 50 (runs/bad)", run="runs/bad", robust="2", level="σ = 50")]
+        points, _, _ = self.choose([*ATTACKED, *other])
+        self.assertEqual(points, {
+            "undefended": {"off": [(90, 20)]}, "De³ (runs/de3)": {"σ = 0": [(90, 30)], "σ = 50": [(90, 40)]},
+            "De³ (runs/bad)": {"σ = 0": [(90, 1)], "σ = 50": [(90, 2)]}})
+        self.assertEqual(plot.names_to_draw(points), ["undefended", "De³ (runs/de3)", "De³ (runs/bad)"])
 
     def test_comparison(self):
         """One point for each seed; the three readings, or one of them."""

@@ -160,6 +160,9 @@ class TestCheckpoint(unittest.TestCase):
         weight[0, 0] = torch.nextafter(weight[0, 0], torch.tensor(math.inf))
         self.assertNotEqual(run_module.fingerprint(changed), one)
         self.assertNotEqual(run_module.fingerprint(small_autoencoder(0, norm_pix=True)), one)
+        otherwise_normalized = small_autoencoder(0)
+        otherwise_normalized.mean += 0.1
+        self.assertNotEqual(run_module.identity(otherwise_normalized), run_module.identity(small_autoencoder(0)))
 
 
 class TestDamage(unittest.TestCase):
@@ -283,7 +286,7 @@ class TestCode(unittest.TestCase):
 
         model, files = small_classifier(), ("attack.py",)
         row = run_module.origin_of_row(model, files)
-        self.assertEqual(row["weights"], run_module.fingerprint(model))
+        self.assertEqual(row["weights"], run_module.identity(model))
         for edited in ("model.py", "attack.py", "support/data.py"):
             def changed(path, edited=edited):
                 return "changed" if Path(path) == REPOSITORY / edited else "same"

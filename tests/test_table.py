@@ -136,7 +136,7 @@ class TestRows(unittest.TestCase):
             self.assertEqual((row["data"], row["split"], row["commit"]), ("digits", "test",
                                                                          run_module.commit()))
             self.assertEqual(row["pixels"] == data.digest_of(batches), row["images"] == "6")
-            self.assertEqual(row["weights"] == run_module.fingerprint(clean),
+            self.assertEqual(row["weights"] == run_module.identity(clean),
                              row["run"].endswith("clean"))
         self.assertEqual(len({row["weights"] for row in rows}), 3)  # De³ has an autoencoder
         self.assertEqual({row["code"] for row in rows[:8]} & {row["code"] for row in rows[8:]}, set())
