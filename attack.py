@@ -320,6 +320,9 @@ def arguments():
         raise UserError("--norm l2 needs --eps, a length over all pixels: 1 or 2, say")
     if args.norm == "linf" and max(args.eps or [0]) > 1:
         raise UserError(f"--eps {max(args.eps):g} is more than the range of the pixels, 1; write 8/255")
+    if args.norm == "l2" and 0 < min(args.eps) < 0.1:
+        print(f"note: --norm l2 takes the length over all pixels, and {min(args.eps):g} is next to nothing; "
+              "0.5 and 1 are usual")
     if args.threat == "gray" or not any(name.endswith("+eot") for name in args.attack):
         cli.refuse_unused(args, ["eot"], "without a white-box attack with +eot")
     if args.step_size == 0:

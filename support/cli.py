@@ -60,12 +60,18 @@ def linf_eps(text):
     return value
 
 
+def say_small_sigma(scale):
+    """A note where a NoiseScale seems to be meant as a share of the pixel range."""
+    largest = scale.parameters[-1]
+    if scale.law == "uniform" and 0 < largest < 1:
+        print(f"note: sigma is in 8-bit units (0..255), and {largest:g} is {largest:g}/255, next to nothing; "
+              f"where a share of the pixel range was meant, write {255 * largest:g}")
+
+
 def noise_scale(text):
-    """An argparse type: a NoiseScale; says so where a number seems to be meant as a share of the range."""
+    """An argparse type: a NoiseScale; says so where it seems to be meant as a share of the range."""
     scale = argument_type(NoiseScale.parse)(text)
-    if scale.fixed is not None and 0 < scale.fixed < 1:
-        print(f"note: sigma is in 8-bit units (0..255), and {text} is {text}/255, next to nothing; where a "
-              f"share of the pixel range was meant, write {255 * scale.fixed:g}")
+    say_small_sigma(scale)
     return scale
 
 

@@ -18,6 +18,7 @@ Images that are trained at up to 64 pixels are decoded once and kept in memory a
 
 import functools
 import hashlib
+import inspect
 import math
 import os
 from collections.abc import Callable
@@ -138,11 +139,17 @@ class Images(datasets.ImageFolder):
         return names, {name: number for number, name in enumerate(names)}
 
 
+def split_there_is(dataset, split):
+    """The split itself, or "val", with a note, for the "test" of a folder that has none."""
+    if dataset in DATASETS or split != "test" or (Path(dataset) / "test").is_dir():
+        return split
+    print(f"note: {dataset} has no test/: its val/ is used")
+    return "val"
+
+
 def open_folder(name, split):
     """One split of a folder as a data set of PIL images; UserError where there is none."""
     folder = Path(name) / split
-    if split == "test" and not folder.is_dir():
-        folder = Path(name) / "val"
     if not folder.is_dir():
         raise UserError(f"no folder {folder}: --data takes {', '.join(DATASETS)}, or a folder with "
                         "train/<class>/ and val/<class>/ in it; if it has moved, say where with --data")
@@ -349,6 +356,16 @@ def facts(dataset, images):
     return dict(name=dataset, images=len(images), pixels=digest(*images.tensors) if in_memory(images)
                 else "", test_sigmas=list(row.test_sigmas), eps=row.eps, attack_eps=list(row.attack_eps),
                 finetune_sigma=row.finetune_sigma)
+
+
+def name_of(augmentation):
+    """What tells one augmentation of DATASETS from another, as text; None for none."""
+    if augmentation is None:
+        return None
+    if isinstance(augmentation, functools.partial):
+        return f"{augmentation.func.__name__}{augmentation.args}{augmentation.keywords}"
+    name = getattr(augmentation, "__name__", None) or repr(augmentation)
+    return inspect.getsource(augmentation).strip() if name == "<lambda>" else name
 
 
 def in_memory(dataset):

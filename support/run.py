@@ -307,8 +307,10 @@ class Run:
 
     def __init__(self, args, kind, files):
         row = data.about(args.data)
-        augmented = [getattr(how, "__name__", None) for how in (row.pretrain_augment, row.finetune_augment)]
+        augmented = [data.name_of(how) for how in (row.pretrain_augment, row.finetune_augment)]
         of_data = dict(statistics=str((row.mean, row.std)), augmentation=str(augmented))
+        if args.init and Path(args.init).is_file() and not args.resume:
+            of_data["init_weights"] = hashlib.sha256(Path(args.init).read_bytes()).hexdigest()[:12]
         self.folder, self.settings, self.epochs = args.out, {**settings_of(args), **of_data}, args.epochs
         self.kind, self.files, self.saved, self.loaded_back = kind, files, None, False
         if args.dry_run:

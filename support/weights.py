@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from model import DEFENSES, SIZES, Autoencoder, Classifier, UserError
+from model import DEFENSES, SIZES, Autoencoder, Classifier, De3, NoiseScale, UserError
 from support import cli, data, run
 
 ENCODER = ("image_size", "patch_size", "embed_dim", "depth", "num_heads", "mean", "std")
@@ -246,7 +246,11 @@ def levels_to_test(args, checkpoint, pretraining):
     """What the flags say of one run: [(name of a defense, level)], ("", None) for the classifier alone."""
     test_sigmas = checkpoint["data"]["test_sigmas"]
     if args.defense:
-        return [pair for text in args.defense for pair in parse_defense(text, test_sigmas)]
+        chosen = [pair for text in args.defense for pair in parse_defense(text, test_sigmas)]
+        for name, level in chosen:
+            if name and issubclass(DEFENSES[name], De3):
+                cli.say_small_sigma(NoiseScale.parse(level))
+        return chosen
     name = checkpoint["defense"]
     if args.autoencoder and not name:
         name = "mim" if pretraining["task"] == "mim" else "de3"
@@ -343,6 +347,7 @@ def load_test_images(args, tested, device):
     was trained on, where it is tested on something else, and the order of classes that nobody recorded.
     """
     first = tested[0].checkpoint
+    args.split = data.split_there_is(args.data, args.split)
     images = data.load_dataset(args.data, args.split, first["config"]["image_size"])
     order = None  # of the classes, once a run has said it
     for source, checkpoint in {one.run: one.checkpoint for one in tested}.items():

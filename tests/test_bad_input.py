@@ -176,14 +176,19 @@ class TestBadInput(unittest.TestCase):
 
     def test_small_sigma(self):
         """Taken as it is, and said: the literature writes shares of the range."""
-        for text, said in (("0.25", "write 63.75"), ("0", ""), ("25", ""), ("uniform:0,0.5", "")):
+        for text, said in (("0.25", "write 63.75"), ("0", ""), ("25", ""), ("uniform:0,30", ""),
+                           ("uniform:0,0.5", "write 127.5")):
             result = run("pretrain", "--dry-run", "--sigma", text)
             self.assertEqual(finished(result).out.count("8-bit units"), bool(said))
             self.assertIn(said, result.out)
-        result = finished(run("attack", photo_classifier(), "--sigma", 0.25, "--images", 2, "--eps", 0,
-                              "--attack", "fgsm", "--out", new_folder()))
-        self.assertIn("write 63.75", result.out)
-        self.assertIn("De³ σ = 0.25", result.out)
+        for flags in (("--sigma", 0.25), ("--defense", "de3:0.25")):
+            result = finished(run("attack", photo_classifier(), *flags, "--images", 2, "--eps", 0,
+                                  "--attack", "fgsm", "--out", new_folder()))
+            self.assertIn("write 63.75", result.out)
+            self.assertIn("De³ σ = 0.25", result.out)
+        result = finished(run("attack", photo_classifier(), "--images", 2, "--norm", "l2", "--eps", "8/255",
+                              "--attack", "fgsm", "--sigma", 0, "--out", new_folder()))
+        self.assertIn("next to nothing; 0.5 and 1 are usual", result.out)
 
     def test_device(self):
         for script in ("pretrain", "finetune", "defend", "attack"):

@@ -158,16 +158,32 @@ class TestFolders(unittest.TestCase):
     """A folder of your own, and CIFAR-10."""
 
     def test_test_folder(self):
-        """test/ where there is one; else the validation images serve as test images."""
-        folder = new_folder() / "with test"
+        """test/ where there is one; else the validation images serve as test images, and tables say so."""
+        folder, out = new_folder() / "with test", new_folder()
         shutil.copytree(photos(), folder)
-        val, test = (data.load_dataset(str(folder), split, 32).tensors[0] for split in ("val", "test"))
-        self.assertTrue(torch.equal(val, test))
+        for said in ("val", "test"):
+            result = finished(run("attack", photo_classifier(), "--data", folder, "--images", 2, "--eps", 0,
+                                  "--sigma", 0, "--attack", "fgsm", "--out", out, "--workers", 0))
+            self.assertIn(f"\n2 {said} images of", result.out)
+            self.assertEqual(result.out.count("has no test/: its val/ is used"), said == "val")
+            self.assertEqual(read_csv(out / "attack.csv")[-1]["split"], said)
+            shutil.copytree(folder / "val", folder / "test", dirs_exist_ok=True)
+        shutil.rmtree(folder / "test")
         shutil.copytree(folder / "train", folder / "test")
-        train = data.load_dataset(str(folder), "train", 32).tensors[0]
+        train, val = (data.load_dataset(str(folder), split, 32).tensors[0] for split in ("train", "val"))
         test = data.load_dataset(str(folder), "test", 32).tensors[0]
         self.assertTrue(torch.equal(train, test))
         self.assertFalse(torch.equal(val, test))
+
+    def test_names_of_augmentations(self):
+        """Tell apart what DATASETS may hold: functions, their settings, and lambdas."""
+        hows = [None, training.crop_and_flip, functools.partial(training.crop_and_flip, padding=2),
+                functools.partial(training.crop_and_flip, padding=9),
+                lambda images: images,
+                lambda images: 0 * images]
+        self.assertEqual(len({data.name_of(how) for how in hows}), len(hows))
+        again = functools.partial(training.crop_and_flip, padding=2)
+        self.assertEqual(data.name_of(again), data.name_of(hows[2]))
 
     def test_in_memory(self):
         """Up to 64 pixels and 2 GB as bytes; a batch is what decoding one by one gives."""

@@ -225,7 +225,7 @@ class TestDefense(unittest.TestCase):
         self.assertEqual({row["draws"] for row in rows}, {"1"})
         self.assertEqual(len({row["weights"] for row in rows}), 8)
         classifier, _ = run_module.load(photo_classifier("clean"), "classifier")
-        six = data.evenly_spread(data.load_dataset(str(photos()), "test", 32), 6)
+        six = data.evenly_spread(data.load_dataset(str(photos()), "val", 32), 6)
         (images, labels), = data.Loader(six, 6)
         correct = (classifier((images * 2).round() / 2).argmax(1) == labels).float().mean().item()
         self.assertAlmostEqual(float(rows[0]["clean_accuracy"]), 100 * correct, delta=0.01)

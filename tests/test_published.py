@@ -104,6 +104,16 @@ class TestPublished(FilesOfWeights):
         trained = run_module.read(out)["model"]
         assert_near(trained["blocks.3.mlp.fc2.weight"], state["blocks.3.mlp.fc2.weight"], atol=1e-4)
 
+    def test_other_weights_under_the_same_name(self):
+        """A finished run that started from other ones is not shown as one that started from these."""
+        state, out = self.classifier.state_dict(), new_folder() / "run"
+        path = self.save(state)
+        command = ("finetune", "--mode", "clean", "--init", path, *training(), *photo_flags(), "--out", out)
+        finished(run(*command))
+        self.assertIn("finished run kept", finished(run(*command)).out)
+        self.save({**state, "cls_token": state["cls_token"] + 1})
+        assert_refused(run(*command), "init_weights")
+
     def test_later_stages(self):
         """NIM-AdvDef: {"model": autoencoder} and {"classifier": ...}; timm: the state dict itself."""
         autoencoder = self.save({"model": self.autoencoder.state_dict()}, "ae.pth")
