@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 
+from model import UserError
 from support import cli, data, run
 
 
@@ -46,6 +47,10 @@ def main():
     parser.add_argument("runs", nargs="+", type=cli.run_path, metavar="RUN")
     parser.add_argument("--out", type=Path, required=True, help="a folder, assets/cifar10")
     args = parser.parse_args()
+    names = [folder.resolve().name for folder in args.runs]
+    if len(set(names)) < len(names):
+        raise UserError("two of the runs' folders have the same name, and would be written over each other: ship "
+                        "them to two places")
     for folder in args.runs:
         checkpoint = run.read(folder)
         run.load(folder, checkpoint["kind"])  # finished, and it fits

@@ -331,6 +331,9 @@ def run_script(main, resumable=False):
         sys.exit(2)
     except KeyboardInterrupt:
         advice = "go on with the same command and --resume" if resumable else "what was written is kept"
+        if resumable and "--overwrite" in sys.argv:
+            advice = ("go on with --resume in the place of --overwrite, or, where no epoch was saved yet, with "
+                      "the same command")
         print(f"interrupted; {advice}", file=sys.stderr)
         sys.exit(130)
     finally:

@@ -34,7 +34,7 @@ from torch.utils.data import BatchSampler, DataLoader, Dataset, Sampler, Subset,
 from torchvision import datasets, transforms
 from torchvision.transforms import InterpolationMode
 
-from model import IMAGENET_MEAN, IMAGENET_STD, UserError
+from model import IMAGENET_MEAN, IMAGENET_STD, UserError, check_images
 from support import cli, training
 
 DIGITS_FILE = Path(__file__).parents[1] / "assets" / "digits.npz"
@@ -73,6 +73,8 @@ def read_image(path):
                 image = Image.alpha_composite(white, image.convert("RGBA"))
             return image.convert("RGB")
     except Exception as error:  # Pillow's decoders raise many kinds
+        if isinstance(error, FileNotFoundError):
+            raise UserError(f"there is no image {path}") from None
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise UserError(f"cannot read image {path} ({reason}): replace or remove it; {', '.join(FORMATS)} "
                         "files of 8 bits per channel are accepted") from None
@@ -280,6 +282,15 @@ class Transformed(Dataset):
             return self.transform(image), self.places[label]
 
 
+def check_tensors(images, dataset):
+    """UserError unless a TensorDataset holds bytes, or floats in [0, 1], and class numbers from 0."""
+    pixels, labels = images.tensors
+    if pixels.dtype != torch.uint8:
+        check_images(pixels)
+    if labels.dtype != torch.long or not 0 <= labels.min() <= labels.max() < len(images.classes):
+        raise UserError(f"{dataset}: labels must be class numbers (long) from 0 to {len(images.classes) - 1}")
+
+
 def load_dataset(dataset, split, image_size, transform=None):
     """The images of a data set (a key of DATASETS or a folder); split train, val or test.
 
@@ -293,6 +304,7 @@ def load_dataset(dataset, split, image_size, transform=None):
     else:
         images = open_folder(dataset, split)
     if in_memory(images):
+        check_tensors(images, dataset)
         return images
     if image_size <= SMALL and len(images) * 3 * image_size**2 <= MEMORY:
         return decode(images, image_size)
@@ -305,10 +317,12 @@ def load_heldout(dataset, image_size, workers, classes=None):
     All are opened now, so that none stops a run at its end. UserError unless they have these classes.
     """
     images = load_dataset(dataset, "val", image_size)
-    if classes is not None and images.classes != classes:
+    if classes is not None:
         differ = sorted(set(classes) ^ set(images.classes))
-        raise UserError(f"{dataset}: train/ and val/ do not hold the same classes ({', '.join(differ[:5])} "
-                        "in only one of them)")
+        if differ:
+            raise UserError(f"{dataset}: train/ and val/ do not hold the same classes ({', '.join(differ[:5])} "
+                            "in only one of them)")
+        images = in_order_of(classes, images, dataset)
     own = evenly_spread(images, HELDOUT_IMAGES, cli.rank(), cli.world_size())
     if not in_memory(own):
         for _ in Loader(own, 50, workers):

@@ -182,7 +182,7 @@ def run(script, *arguments):
         stack.enter_context(warnings.catch_warnings())
         warnings.simplefilter("ignore")
         try:
-            cli.run_script(importlib.import_module(script).main)
+            cli.run_script(importlib.import_module(script).main, resumable=script in ("pretrain", "finetune"))
         except SystemExit as stop:
             code = stop.code or 0
     return Result(code, out.getvalue(), err.getvalue())

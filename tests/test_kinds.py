@@ -359,6 +359,26 @@ STRIPES = data.DataSet(load_stripes, size="tiny", mean=(0.4,) * 3, std=(0.4,) * 
 
 
 class TestDataSet(unittest.TestCase):
+    def test_checked_before_training(self):
+        """Pixels from 0 to 255 as floats, and labels that are no class numbers."""
+        good = load_stripes("train", 32)
+        pixels, labels = good.tensors
+        for tensors, words in (((255 * pixels, labels), r"must lie in \[0, 1\]"),
+                               ((pixels, labels.int()), "class numbers"), ((pixels, labels + 1), "from 0 to 1")):
+            dataset = TensorDataset(*tensors)
+            dataset.classes = good.classes
+            row = STRIPES._replace(open=lambda split, image_size, dataset=dataset: dataset)
+            with with_entry(data.DATASETS, stripes=row):
+                with self.assertRaisesRegex(UserError, words):
+                    data.load_dataset("stripes", "train", 32)
+
+    def test_order_of_classes(self):
+        """Validation images take the classifier's."""
+        heldout = data.load_heldout(str(photos()), 32, 0, classes=sorted(["red", "green", "blue"])[::-1])
+        self.assertEqual(len(heldout), 24)
+        with self.assertRaisesRegex(UserError, "same classes"):
+            data.load_heldout(str(photos()), 32, 0, classes=["red", "green"])
+
     def test_through_the_stages(self):
         """Opened, with its own size, statistics, sigmas and radii, where nothing else is said."""
         out = new_folder()

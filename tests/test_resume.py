@@ -3,6 +3,7 @@
 import shlex
 import shutil
 import unittest
+from pathlib import Path
 from unittest import mock
 
 import torch
@@ -104,6 +105,16 @@ class TestResume(unittest.TestCase):
         result = finished(run("pretrain", *training(), *photo_flags(), "--out", folder, "--resume"))
         self.assertIn("starting over", result.out)
         assert_same_run(folder, photo_autoencoder())
+
+    def test_advice(self):
+        """What an interrupted training says to do can be done, with --overwrite and without."""
+        folder = Path(shutil.copytree(photo_autoencoder(), new_folder() / "nim"))
+        command = ("pretrain", *training(3), *photo_flags(), "--out", folder, "--overwrite")
+        with cut_after(1):
+            stopped = run(*command)
+        self.assertIn("go on with --resume in the place of --overwrite", stopped.err)
+        finished(run(*command[:-1], "--resume"))
+        self.assertEqual(saved(folder)["epoch"], 3)
 
     def test_unfinished(self):
         """A later stage names the command that finishes the run; done as printed, it does."""

@@ -2,6 +2,7 @@
 
 import shutil
 import unittest
+from pathlib import Path
 
 import torch
 
@@ -85,6 +86,10 @@ class TestShip(unittest.TestCase):
         torch.save({**torch.load(source), "epochs": 9}, unfinished / "checkpoint.pt")
         assert_refused(run("studies.ship", unfinished, "--out", new_folder()),
                        ("unfinished", "--resume"))
+        again = Path(shutil.copytree(photo_autoencoder(), new_folder() / photo_autoencoder().name))
+        out = new_folder()
+        assert_refused(run("studies.ship", photo_autoencoder(), again, "--out", out), "the same name")
+        self.assertEqual(list(out.iterdir()), [])
 
     def test_weights_that_come_along(self):
         """Those of assets/ label a photograph."""
