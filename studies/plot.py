@@ -187,7 +187,12 @@ def draw_ladder(path, rows, title):
         if row["defense"] in drawn:
             name = row["defense"] if row["level"] == "off" else f"{row['defense']}, {row['level']}"
             curves.setdefault(name, []).append([float(row[rung]) for rung in RUNGS])
-    defended = {name: found for name, found in curves.items() if mean(values[0] for values in found) > 5}
+    defended = {}
+    for name, found in curves.items():
+        if mean(values[0] for values in found) > 5:
+            defended[name] = found
+        else:
+            print(f"left out: {name}, which keeps under 5% in gray-box")
     for name in list(defended)[len(STYLES):]:
         print(f"left out: {name}, of more than {len(STYLES)} curves")
     for (name, found), (color, line, marker) in zip(defended.items(), STYLES):

@@ -551,11 +551,13 @@ class TestPlot(unittest.TestCase):
         """A curve for each level; those beyond the six that can be told apart, and other rows, are named."""
         rows = [compared_row("De³", f"σ = {sigma}", gray_box="60", no_eot="50") for sigma in range(7)]
         rows.append(compared_row("De³ off the shelf", "σ = 0", gray_box="60", no_eot="50"))
+        rows.append(compared_row("undefended", "off", gray_box="0", no_eot="0"))
         path = self.save(rows)
         result = finished(run("studies.plot", "--table", path, "--ladder"))
         assert_picture(path.with_name("tradeoff.png"))
         self.assertIn("left out: De³, σ = 6, of more than 6 curves", result.out)
         self.assertIn("left out: De³ off the shelf, ", result.out)
+        self.assertIn("left out: undefended, which keeps under 5% in gray-box", result.out)
 
     def test_refuses(self):
         folder = new_folder()
