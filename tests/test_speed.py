@@ -126,8 +126,6 @@ class TestTable(unittest.TestCase):
         """A plain De³ that is not ours, and bad flags."""
         with mock.patch.object(speed, "plain_blocks", one_head):
             assert_refused(run("studies.speed", *SHORT), "differ by")
-        refused = run("studies.speed", *SHORT, "--batch", 3, "--max-batch", 2)
-        assert_refused(refused, ("--batch 3", "--max-batch 2"))
         for flag, value in (("--size", "enormous"), ("--batch", 0), ("--seconds", -1),
                             ("--data", "digits"), ("--device", "meta")):
             assert_refused(run("studies.speed", flag, value), flag)
