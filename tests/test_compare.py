@@ -249,7 +249,7 @@ class TestCompare(WithSmallTable):
         one = ("--only", "undefended")
         self.measured(*one)
         for flags in (["--eps", "8/255"], ["--l2", 2], ["--steps", 2], ["--eot", 3], ["--images", 7],
-                      ["--every", 2], ["--seed", 1], ["--bf16"], ["--split", "val"]):
+                      ["--every", 2], ["--seed", 1], ["--bf16"], ["--split", "train"]):
             with self.subTest(flags):
                 self.assertEqual(len(self.measured(*one, *flags)), 1)
                 self.assertEqual(len(self.measured(*one, *flags)), 0)

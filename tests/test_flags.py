@@ -91,7 +91,7 @@ class TestFlags(unittest.TestCase):
         found = saved(out)["settings"]
         self.assertEqual((found["data"], found["size"], found["seed"]), (str(photos()), "tiny", 5))
         result = finished(run("defend", "--run", out, "--images", 6, "--steps", 1))
-        self.assertIn(f"6 test images of {photos()}", result.out)
+        self.assertIn(f"6 val images of {photos()}", result.out)
         self.assertEqual(saved(out)["data"]["name"], str(photos()))
 
     def test_refused_early(self):
