@@ -194,12 +194,12 @@ def load_entry(entry, table, at, seed, device):
     """What one entry is tested as: a list of weights.Tested; UserError for a run of another seed."""
     here = folder_of(at, seed)
     flags = argparse.Namespace(autoencoder=here / entry.in_front if entry.in_front else None)
-    classifier, checkpoint, autoencoder, _ = weights.load_run(here / entry.run, flags, device)
+    classifier, checkpoint, autoencoder, pretraining = weights.load_run(here / entry.run, flags, device)
     trained_with = checkpoint["settings"]["seed"]
     if trained_with != seed:
         raise UserError(f"{here / entry.run} was trained with seed {trained_with}, and stands where seed {seed} "
                         "is looked for: move it, or train that seed")
-    say_other_recipe(entry, table, here / entry.run, checkpoint)
+    say_other_recipe(entry, table, here / entry.run, checkpoint, pretraining)
     chosen = [pair for text in entry.defenses for pair in weights.parse_defense(text, ())]
     return weights.put_in_front(here / entry.run, classifier, checkpoint, autoencoder, chosen)
 

@@ -156,6 +156,7 @@ def workloads(autoencoder, classifier, plain, images, labels):
 
     def attacked(x):
         return de3(x.view_as(x))  # torch's counter of operations fails on a leaf of the graph
+
     for eot in EOTS:
         yield (f"PGD, EOT {eot}, gradients", STEPS * eot,
                lambda: pgd(attacked, images, labels, EPS, STEPS, eot=eot),

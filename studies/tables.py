@@ -116,12 +116,16 @@ def flags_of(command):
     return found
 
 
-def say_other_recipe(entry, table, folder, checkpoint):
-    """A note where a run, or its pretraining, was made by other flags than the table names."""
+def say_other_recipe(entry, table, folder, checkpoint, pretraining):
+    """A note where a run, or the autoencoder in front of it, was made by other flags than the table's.
+
+    checkpoint, pretraining: what is known of both; pretraining is None where there is no autoencoder.
+    """
     made = [(folder, "finetune.py", checkpoint, entry.flags)]
-    if checkpoint.get("autoencoder") is not None:
-        made.append((f"the autoencoder of {folder}", "pretrain.py", checkpoint["autoencoder"],
-                     table.pretraining[entry.autoencoder]))
+    if pretraining is not None:
+        pretrained = entry.in_front or entry.autoencoder
+        made.append((f"the autoencoder of {folder}", "pretrain.py", pretraining,
+                     table.pretraining[pretrained]))
     for what, script, of_run, flags in made:
         used = flags_of(of_run["made_by"][0]["command"])
         if used != flags_of(flags):

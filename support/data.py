@@ -378,8 +378,12 @@ def name_of(augmentation):
         return None
     if isinstance(augmentation, functools.partial):
         return f"{augmentation.func.__name__}{augmentation.args}{augmentation.keywords}"
-    name = getattr(augmentation, "__name__", None) or repr(augmentation)
-    return inspect.getsource(augmentation).strip() if name == "<lambda>" else name
+    if isinstance(augmentation, torch.nn.Module):  # torchvision's: its text gives its settings
+        return repr(augmentation)
+    name = getattr(augmentation, "__name__", type(augmentation).__name__)
+    if name == "<lambda>":
+        return inspect.getsource(augmentation).strip()
+    return name
 
 
 def in_memory(dataset):

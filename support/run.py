@@ -242,7 +242,7 @@ def fingerprint(model):
 
 
 def identity(model):
-    """A fingerprint of a model with the buffers that its checkpoint does not hold: mean and deviation."""
+    """A model's fingerprint with its buffers: mean and deviation, too, which no checkpoint's weights hold."""
     sha = hashlib.sha256(fingerprint(model).encode())
     for value in model.buffers():
         sha.update(value.float().cpu().numpy().tobytes())

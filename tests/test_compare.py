@@ -189,6 +189,16 @@ class TestCompare(WithSmallTable):
         self.assertEqual(tables.flags_of(same), tables.flags_of("--sigma uniform:0,30"))
         self.assertNotEqual(tables.flags_of(same + " --epochs 2"), tables.flags_of(same))
 
+    def test_other_data(self):
+        """Said of every run that was trained on other data, not of the first alone."""
+        path = self.runs() / "de3" / "checkpoint.pt"
+        checkpoint = torch.load(path)
+        checkpoint["data"]["name"] = "elsewhere"
+        torch.save(checkpoint, path)
+        with mock.patch.object(compare, "measure", return_value=dict.fromkeys(compare.MEASURED, 50.0)):
+            result = finished(self.compare("--only", "undefended", "De³"))
+        self.assertRegex(result.out, "note: .*de3 was trained on elsewhere and is tested on")
+
     def test_cut_short(self):
         """What was measured before is kept, and the rest is measured."""
         self.runs()

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from PIL import Image
 from torch.utils.data import TensorDataset
+from torchvision import transforms
 
 from model import IMAGENET_MEAN, IMAGENET_STD, UserError
 from support import cli, data, training
@@ -180,9 +181,11 @@ class TestFolders(unittest.TestCase):
         hows = [None, training.crop_and_flip, functools.partial(training.crop_and_flip, padding=2),
                 functools.partial(training.crop_and_flip, padding=9),
                 lambda images: images,
-                lambda images: 0 * images]
+                lambda images: 0 * images,
+                transforms.RandomErasing(0.1), transforms.RandomErasing(0.2)]
         self.assertEqual(len({data.name_of(how) for how in hows}), len(hows))
         again = functools.partial(training.crop_and_flip, padding=2)
+        self.assertNotIn(" at 0x", str([data.name_of(how) for how in (*hows, mock.MagicMock())]))
         self.assertEqual(data.name_of(again), data.name_of(hows[2]))
 
     def test_in_memory(self):
