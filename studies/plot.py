@@ -86,10 +86,11 @@ def choose_rows(rows, args):
         return kept
     chosen = rows
     chosen = keep([row for row in chosen if not row["level"].startswith("mask")], "of masking, without sigma")
-    for name, wanted in (("attack", args.attack), ("eps", args.eps and f"{args.eps:.6g}"),
+    attack_name = args.attack and args.attack.removesuffix("+eot")
+    for name, wanted in (("attack", attack_name), ("eps", args.eps and f"{args.eps:.6g}"),
                          ("threat", args.threat)):
         if wanted:
-            chosen = keep([row for row in chosen if row.get(name, "").removesuffix("+eot") == wanted.removesuffix("+eot")],
+            chosen = keep([row for row in chosen if row.get(name, "").removesuffix("+eot") == wanted],
                           f"of another {name}")
     if not chosen:
         raise UserError("the table holds no row of that attack")
