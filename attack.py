@@ -22,11 +22,12 @@ from torch import nn
 from torchvision.ops import StochasticDepth
 
 from model import UserError, check_images
-from support import cli, data, report, run, training, weights
+from support import cli, data, report, run, tested
 
 DRAWS = 5  # fresh draws of a random defense that score it
-FOOLED_MARGIN = 1e-3  # early stop: fooled only above this, so that rounding cannot undo it
-CODE = ("model.py", "attack.py", "support/training.py")  # what decides the numbers
+BATCH = 120  # images that are attacked together; at most --max-batch
+FOOLED_MARGIN = 0.05  # early stop: fooled only above this, so that no rounding (bfloat16, TF32) undoes it
+CODE = ("model.py", "attack.py")  # what decides the numbers
 
 
 # --------------------------------------------------------------------------- PGD (Madry et al. 2018)
@@ -38,62 +39,46 @@ def margin(logits, labels):
 
 
 def cross_entropy(logits, labels):
-    """The cross-entropy of each image, [B]."""
-    return F.cross_entropy(logits, labels, reduction="none")
+    """The cross-entropy of each image, [B]; the margin where it is 0 in floating point.
+
+    An overconfident model's cross-entropy has no gradient there, and an attack would stand still.
+    """
+    loss = F.cross_entropy(logits, labels, reduction="none")
+    return torch.where(loss > 0, loss, margin(logits, labels))
 
 
 LOSSES = {"ce": cross_entropy, "margin": margin}  # what the attacker may raise: (logits, labels) to [B]
 
 
-def objective(logits, labels, targets, loss):
-    """What the attacker raises, [B]: the loss of the labels, an entry of LOSSES.
+def input_gradient(model, images, labels, loss="ce", eot=1, targets=None):
+    """Gradient of the attacker's loss at these images, averaged over eot draws of the model.
 
-    With targets [B] it is the loss of the target class, negated: the attack moves towards it.
+    Expectation over transformation (Athalye et al. 2018): a model that is random at every call has to be
+    attacked through the mean over its randomness; every draw is a call of its own. With targets [B] the
+    loss of these classes is lowered instead. Also returns the margin of the labels, the mean over the
+    draws, [B]: above 0 where the attack has succeeded.
     """
-    if not (labels if targets is None else targets).max() < logits.shape[1]:
-        raise UserError(f"labels must be below {logits.shape[1]}, the number of the model's classes")
-    loss_of = LOSSES[loss]
-    return loss_of(logits, labels) if targets is None else -loss_of(logits, targets)
-
-
-def success(logits, labels, targets):
-    """How far the attack has succeeded, [B], whatever loss it raises: above 0 where it has.
-
-    The margin of the labels, or with targets [B] that of the target classes, negated.
-    """
-    return margin(logits, labels) if targets is None else -margin(logits, targets)
-
-
-def check_logits(logits):
-    """UserError unless a model's output is what PGD can climb: logits that depend on the images."""
-    if not torch.is_tensor(logits) or logits.dim() != 2 or logits.shape[1] < 2:
-        found = list(logits.shape) if torch.is_tensor(logits) else type(logits).__name__
-        raise UserError(f"the model must return logits, a tensor [B, two classes or more], not {found}")
-    if not logits.requires_grad:
-        raise UserError("the model's logits have no gradient with respect to the images: it detaches them "
-                        "or works under no_grad, and PGD cannot attack it")
-
-
-def input_gradient(model, current, labels, targets, loss, eot):
-    """Gradient of the objective at the current images, averaged over eot draws of the model.
-
-    Expectation over transformation (Athalye et al. 2018): a model that is random at every call has
-    to be attacked through the mean over its randomness. Every draw is a call of its own, so that it
-    does not matter whether a model draws for each image or for each call. Also returns the mean
-    success over the draws, [B]: above 0 where the attack has succeeded.
-    """
-    total, successes = torch.zeros_like(current), torch.zeros(len(current), device=current.device)
+    total, margins = torch.zeros_like(images), 0
     for _ in range(eot):
         with torch.enable_grad():
-            x = current.detach().requires_grad_()
-            logits = model(x)
-            check_logits(logits)
-            gain = objective(logits, labels, targets, loss)
-            total += torch.autograd.grad(gain.sum(), x)[0]
-        successes += success(logits.detach(), labels, targets)
-    if not total.abs().max().isfinite():
-        raise UserError("the model's gradient with respect to its input is not finite")
-    return total / eot, successes / eot
+            x = images.detach().requires_grad_()
+            logits = model(x).float()
+            if not logits.requires_grad:
+                raise UserError("the model's logits have no gradient: it detaches the images, or works under "
+                                "no_grad, and PGD cannot attack it")
+            gain = LOSSES[loss](logits, labels) if targets is None else -LOSSES[loss](logits, targets)
+            total += torch.autograd.grad(gain.sum(), x, allow_unused=True, materialize_grads=True)[0]
+        margins = margins + margin(logits.detach(), labels)
+    return total / eot, margins / eot
+
+
+def direction_of(gradient, norm):
+    """The step of length 1 along which the loss grows most, to first order."""
+    if norm == "linf":
+        return gradient.sign()
+    largest = gradient.abs().amax((1, 2, 3), keepdim=True)  # the square of 1e-30 is 0
+    scaled = gradient / largest.where(largest > 0, 1)
+    return F.normalize(scaled.flatten(1)).view_as(gradient)
 
 
 def project(x, images, eps, norm):
@@ -118,137 +103,138 @@ def random_point(images, eps, norm):
     return (images + delta).clamp(0, 1)
 
 
-def strongest(model, candidates, labels, targets=None, draws=10):
+def strongest(model, candidates, labels, draws=10):
     """Of several adversarial versions of each image, the one to keep.
 
-    Highest error rate over fresh draws of the model, then highest mean margin: to choose on a
-    single evaluation of a random model picks luck, not strength. Where nothing is random one is enough.
+    Highest error rate over fresh draws of the model, then highest mean margin: to choose on a single
+    evaluation of a random model picks luck, not strength. Where nothing is random one is enough.
     """
-    if not getattr(model, "is_random", True) and not is_random(model, candidates[0]):
+    if not needs_eot(model, candidates[0]):
         draws = 1
     with torch.no_grad():
-        successes = torch.stack([torch.stack([success(model(x), labels, targets) for _ in range(draws)])
-                                 for x in candidates])
-    error_rate, mean_success = (successes > 0).float().mean(1), successes.mean(1)  # [candidates, B]
+        margins = torch.stack([torch.stack([margin(model(x).float(), labels) for _ in range(draws)])
+                               for x in candidates])
+    error_rate, mean_margin = (margins > 0).float().mean(1), margins.mean(1)  # [candidates, B]
     errs_most = error_rate == error_rate.amax(0)
-    best = mean_success.where(errs_most, -torch.inf).argmax(0)
+    best = mean_margin.where(errs_most, -torch.inf).argmax(0)
     return torch.stack(candidates)[best, torch.arange(len(labels), device=best.device)]
 
 
-def without_gradient(gradient, successes):
-    """Which images are still right (success below 0) and have a gradient of zero in every pixel: [B]."""
-    return (gradient.flatten(1).abs().amax(1) == 0) & (successes < 0)
-
-
-def warn_of_weak_settings(model, eps, steps, step_size, random_start):
-    """Warn of an attack that is weaker than it seems: too short a walk, a model in training mode."""
-    needed = 2 * eps if random_start else eps  # from a random start across the ball, or to its edge
-    if steps * step_size < needed * (1 - 1e-6):
-        warnings.warn(f"{steps} steps of {step_size:.3g} ({255 * step_size:.3g}/255) cannot cross the ball "
-                      f"of radius {eps:.3g} ({255 * eps:.3g}/255): give more or larger steps", stacklevel=3)
-    if steps > 1 and step_size > 2 * eps > 0:
-        warnings.warn(f"steps of {step_size:.3g} ({255 * step_size:.3g}/255) each cross the whole ball of "
-                      f"radius {eps:.3g} ({255 * eps:.3g}/255): smaller ones attack better", stacklevel=3)
-    acting = (nn.modules.batchnorm._BatchNorm, nn.modules.dropout._DropoutNd, StochasticDepth)
-    if isinstance(model, nn.Module) and any(part.training and isinstance(part, acting)
-                                            and getattr(part, "p", 1) > 0 for part in model.modules()):
-        warnings.warn("the model is in training mode (its batch norm, dropout or drop path): call "
-                      "model.eval() first", stacklevel=3)
-
-
-def warn_of_lost_gradients(underflows, masked, images):
-    """Warn of so many images, of all, that were still right and had no gradient of the loss, or none."""
-    if underflows:
-        warnings.warn(f"{underflows} of {images} images that were still right had no gradient of the "
-                      "loss (the cross-entropy of an overconfident model underflows): the margin loss "
-                      "(loss='margin') was used for them", stacklevel=3)
-    if masked:
-        warnings.warn(f"{masked} of {images} images that were still right had no gradient at all, of the "
-                      "margin loss (loss='margin') neither: the model masks it (or returns probabilities "
-                      "instead of logits), and PGD does not attack them", stacklevel=3)
-
-
+@torch.inference_mode(False)
 def pgd(model, images, labels, eps, steps, step_size=None, norm="linf", random_start=True,
         restarts=1, eot=1, targets=None, loss="ce", early_stop=False):
     """Projected gradient descent (Madry et al. 2018): adversarial images within eps, in [0, 1].
 
-    model: [0, 1] images to logits, in evaluation mode. images [B, 3, H, W]; labels [B] (long).
+    model: [0, 1] images to logits, in evaluation mode. images [B, C, H, W]; labels [B] (long).
     eps: radius; for norm "linf" in [0, 1] units (8/255), for "l2" the length over all pixels.
     step_size: default 2.5·eps/steps. FGSM is steps=1, step_size=eps, random_start=False.
     restarts: runs from so many starts and keeps the strongest (see there) for each image.
     eot: draws of a random model averaged in each gradient. loss: "ce", "margin", an entry of LOSSES.
-    targets [B]: classes to move to; None to move away from the labels.
+    targets [B]: classes to move towards; it still succeeds where the label is not predicted.
     early_stop: leave an image as it is once it fools the model. Only for deterministic models: on a
         random one it stops at lucky draws.
-    Where the cross-entropy of an image underflows, so that it has no gradient, the margin loss is used
-    for that image, and a warning says for how many; another one for those without any gradient (that
-    is masking), for a walk too short to cross the ball, and for a model in training mode.
-    Raises UserError for images that are not floats in [0, 1], labels that do not fit, and settings out
-    of range.
+    Warns of an attack that is weaker than it seems. Raises UserError for images that are not floats in
+    [0, 1], labels that do not fit, and settings out of range.
     """
+    images, labels = images.detach().clone(), labels.clone()  # also from under inference_mode
+    step_size = 2.5 * eps / steps if step_size is None else step_size
+    check_settings(model, images, labels, eps, steps, step_size, norm, random_start)
+    candidates = []
+    for _ in range(restarts):
+        x = random_point(images, eps, norm) if random_start else images.clone()
+        active = torch.arange(len(images), device=images.device)  # the images that are still attacked
+        for _ in range(steps):
+            towards = None if targets is None else targets[active]
+            gradient, margins = input_gradient(model, x[active], labels[active], loss, eot, towards)
+            if early_stop:
+                right = ~(margins > FOOLED_MARGIN)  # the others leave for good
+                active, gradient, margins = active[right], gradient[right], margins[right]
+            if not len(active):
+                break
+            moved = x[active] + step_size * direction_of(gradient, norm)
+            x[active] = project(moved, images[active], eps, norm)
+        candidates.append(x)
+    if len(active):
+        warn_of_lost_gradients(gradient, margins, len(images))
+    return x if restarts == 1 else strongest(model, candidates, labels)
+
+
+def warn_of_lost_gradients(gradient, margins, images):
+    """Warn of images that are still right and have no gradient at all; UserError if one is not finite."""
+    if not gradient.isfinite().all():
+        raise UserError("the model's gradient with respect to its input is not finite")
+    lost = (gradient.flatten(1).abs().amax(1) == 0) & (margins < 0)
+    if lost.any():
+        warnings.warn(f"{lost.sum()} of {images} images that were still right had no gradient at all: the "
+                      "model masks it (or returns probabilities instead of logits), and PGD does not attack "
+                      "them", stacklevel=4)
+
+
+def check_settings(model, images, labels, eps, steps, step_size, norm, random_start):
+    """UserError for what cannot be attacked; a warning for an attack that is weaker than it seems."""
     check_images(images)
     if images.dtype not in (torch.float32, torch.float64):  # coarser ones round out of the ball
         raise UserError(f"images must be float32 or float64, not {images.dtype}")
-    for classes in (labels,) if targets is None else (labels, targets):
-        if classes.dtype != torch.long or classes.shape != (len(images),) or (classes < 0).any():
-            raise UserError(f"labels and targets must be one class number (long) for each of the "
-                            f"{len(images)} images")
-    if norm not in ("linf", "l2") or loss not in LOSSES:
-        raise UserError(f"norm must be linf or l2, loss {' or '.join(LOSSES)}, not {norm!r} and {loss!r}")
+    if labels.dtype != torch.long or labels.shape != (len(images),):
+        raise UserError(f"labels must be one class number (long) for each of the {len(images)} images")
+    if norm not in ("linf", "l2"):
+        raise UserError(f"norm must be linf or l2, not {norm!r}")
     if not 0 <= eps < float("inf") or (norm == "linf" and eps > 1):
-        raise UserError(f"eps must be at least 0, and for linf at most 1 (8/255, say), not {eps}")
-    if min(steps, restarts, eot) < 1 or (step_size is not None and not step_size >= 0):
-        raise UserError("steps, restarts and eot must be at least 1, step_size not negative")
-    step_size = 2.5 * eps / steps if step_size is None else step_size
-    warn_of_weak_settings(model, eps, steps, step_size, random_start)
-    images, candidates = images.detach(), []
-    underflows, masked = set(), set()  # the images that have no gradient of the loss, and none at all
-    for _ in range(restarts):
-        x = random_point(images, eps, norm) if random_start else images.clone()
-        active = torch.arange(len(images), device=images.device)  # the images still attacked
-        for _ in range(steps):
-            if not len(active):
-                break
-            active_targets = None if targets is None else targets[active]
-            gradient, successes = input_gradient(model, x[active], labels[active], active_targets, loss, eot)
-            stuck = without_gradient(gradient, successes)  # still right, and nowhere to go
-            if stuck.any():
-                numbers = active[stuck]
-                gradient[stuck], _ = input_gradient(
-                    model, x[numbers], labels[numbers], None if targets is None else targets[numbers],
-                    "margin", eot)
-                underflows.update(numbers.tolist())
-                masked.update(active[without_gradient(gradient, successes)].tolist())
-            if early_stop:
-                not_yet_fooled = successes <= FOOLED_MARGIN  # the others leave for good
-                active, gradient = active[not_yet_fooled], gradient[not_yet_fooled]
-            if norm == "linf":
-                direction = gradient.sign()
-            else:
-                largest = gradient.abs().amax((1, 2, 3), keepdim=True)  # the square of 1e-30 is 0
-                direction = gradient / largest.where(largest > 0, 1)
-                direction = F.normalize(direction.flatten(1)).view_as(gradient)
-            x[active] = project(x[active] + step_size * direction, images[active], eps, norm)
-        candidates.append(x)
-    warn_of_lost_gradients(len(underflows - masked), len(masked), len(images))
-    return candidates[0] if restarts == 1 else strongest(model, candidates, labels, targets)
+        raise UserError(f"eps must be at least 0, and for linf at most 1 (write 8/255), not {eps:g}")
+    if steps < 1 or not step_size >= 0:
+        raise UserError(f"steps must be at least 1, step_size not negative, not {steps} and {step_size:g}")
+    needed = 2 * eps if random_start else eps  # from a random start across the ball, or to its edge
+    if steps * step_size < needed * (1 - 1e-6):
+        warnings.warn(f"{steps} steps of {in_units(step_size, norm)} cannot cross the ball of radius "
+                      f"{in_units(eps, norm)}: give more or larger steps", stacklevel=4)
+    if steps > 1 and step_size > 2 * eps > 0:
+        warnings.warn(f"steps of {in_units(step_size, norm)} each cross the whole ball of radius "
+                      f"{in_units(eps, norm)}: smaller ones attack better", stacklevel=4)
+    acting = (nn.modules.batchnorm._BatchNorm, nn.modules.dropout._DropoutNd, StochasticDepth)
+    if isinstance(model, nn.Module) and any(part.training and isinstance(part, acting)
+                                            and getattr(part, "p", 1) > 0 for part in model.modules()):
+        warnings.warn("the model is in training mode (its batch norm, dropout or drop path): call "
+                      "model.eval() first", stacklevel=4)
+
+
+def in_units(length, norm):
+    """A radius or a step as text: "8/255" in linf, the length over all pixels in l2."""
+    return f"{255 * length:.4g}/255" if norm == "linf" else f"{length:.4g}"
 
 
 # ----------------------------------------------------------------------------------- its score
 
-def accuracy(model, images, labels, draws):
+def in_batches(function, images, labels, size, show=lambda done: None):
+    """function(images, labels) for `size` images at a time, as floats in [0, 1]; its results in one tensor.
+
+    show(done) is told the part of the images that is done.
+    """
+    results = []
+    for x, y in zip(images.split(size), labels.split(size)):
+        results.append(function(data.as_floats(x), y))
+        show(sum(map(len, results)) / len(images))
+    return torch.cat(results)
+
+
+def accuracy(model, images, labels, draws=1):
     """Share of correct predictions of each image over fresh draws of the model: [B]."""
     with torch.no_grad():
-        return torch.stack([(model(images).argmax(1) == labels).float()
-                            for _ in range(draws)]).mean(0)
+        return torch.stack([(model(images).argmax(1) == labels).float() for _ in range(draws)]).mean(0)
 
 
-def is_random(model, images):
-    """Whether a model needs EOT: it says so, or two calls on these images differ."""
+def percent(shares):
+    """The mean of each image's share of correct draws in percent, over the images of all processes."""
+    correct, images = cli.sum_over_processes(shares.sum().item(), len(shares))
+    return 100 * correct / images
+
+
+def needs_eot(model, images):
+    """Whether a model is random: it says so, or two calls on these images differ."""
+    if getattr(model, "is_random", False):
+        return True
     with torch.no_grad():
         first, second = model(images), model(images)
-    differs = not torch.allclose(first, second, rtol=1e-3, atol=1e-4)
-    return differs or getattr(model, "is_random", False)
+    return not torch.allclose(first, second, rtol=1e-3, atol=1e-4)
 
 
 def check_adversarial(adversarial, images, eps, norm):
@@ -259,13 +245,18 @@ def check_adversarial(adversarial, images, eps, norm):
         raise UserError(f"an adversarial image left the ball: {length.max():.6f} over eps {eps:.6f}")
 
 
-class Attack(NamedTuple):
-    """A row of ATTACKS: a function with the arguments of pgd, and those that are not the flags'.
+# ----------------------------------------------------------------------------------- the stage
 
-    fixed(eps) gives these. With "+eot" behind its name an attack averages its gradients over draws.
+class Attack(NamedTuple):
+    """An entry of ATTACKS: a function with the arguments of pgd; with "+eot" it averages over draws.
+
+    fixed(eps): the arguments that are not the flags', a loss of its own among them. norms: those it can
+    be bounded in. gradients(settings): about how many gradients it takes for each image.
     """
-    run: Callable
+    function: Callable
     fixed: Callable = lambda eps: {}
+    norms: tuple = ("linf", "l2")
+    gradients: Callable = lambda settings: settings["steps"] * settings["eot"] * settings["restarts"]
 
 
 ATTACKS = {
@@ -274,172 +265,138 @@ ATTACKS = {
 }
 
 
-def attack_batches(attack, defense, attacked, batches, eps, norm, losses, draws, settings,
-                   show=lambda text, done=None: None):
-    """Attack every batch, check the ball, score on fresh draws: share of correct draws of each, [N].
-
-    attack: a function with the arguments of pgd. attacked: the model that the attacker differentiates.
-    losses: one attack each, the strongest counts. settings: the other arguments of the attack.
-    show(text, done) tells how far it is.
-    """
-    results = []
-    for number, (images, labels) in enumerate(batches, start=1):
-        candidates = [attack(attacked, images, labels, eps, norm=norm, loss=loss, **settings)
-                      for loss in losses]
-        adversarial = candidates[0]
-        if len(candidates) > 1:
-            adversarial = strongest(attacked, candidates, labels)
-        check_adversarial(adversarial, images, eps, norm)
-        results.append(accuracy(defense, adversarial, labels, draws))
-        show(f"batch {number} of {len(batches)}, robust so far {100 * torch.cat(results).mean():.1f}%",
-             number / len(batches))
-    return torch.cat(results) if results else torch.zeros(0)
+class Cell(NamedTuple):
+    """A row of the table that is to be measured: a defense, an attack on it, and its settings."""
+    entry: tested.Entry
+    random: bool
+    attack: str
+    eps: float
+    settings: dict
+    losses: list  # the strongest counts
+    seconds: float  # about how long it will take, without early stop
 
 
-# ----------------------------------------------------------------------------------- the stage
-
-def arguments():
-    parser = cli.stage_parser(__doc__)
-    weights.evaluation_flags(parser, images=80)
-    add = parser.add_argument
+def arguments(argv=None):
+    parser = cli.stage_parser("python attack.py", __doc__)
+    tested.evaluation_flags(parser, images=80)
+    add = parser.add_argument_group("the attack").add_argument
     names = [name + eot for name in ATTACKS for eot in ("", "+eot")]
-    add("--attack", nargs="+", choices=names, default=["fgsm", "pgd", "pgd+eot"],
-        help="default: fgsm pgd pgd+eot")
-    add("--eps", nargs="+", type=cli.eps, help="radius in [0, 1] units, as 8/255; default 8/255 16/255, "
-        "color 4/255 8/255; for l2 the length over all pixels, without default")
-    add("--norm", choices=["linf", "l2"], default="linf", help="default linf")
+    add("--attack", nargs="+", choices=names, default=["fgsm", "pgd", "pgd+eot"], help="default: fgsm pgd "
+        "pgd+eot")
+    add("--eps", nargs="+", type=cli.eps, help="radius: in linf a share of the pixel range, as 8/255 "
+        "(default 8/255 16/255, color 4/255 8/255), in l2 the length of the change over all pixels, as 0.5 "
+        "(no default)")
+    add("--norm", choices=["linf", "l2"], default="linf", help="how a change is measured, default linf")
     add("--steps", type=cli.count, default=20, help="of pgd, default 20")
     add("--step-size", type=cli.eps, help="of pgd, as 2/255; default 2.5 eps/steps")
-    add("--restarts", type=cli.count, default=1, help="of pgd, default 1")
-    add("--eot", type=cli.count, default=8, help="draws in each gradient of pgd+eot, default 8")
-    add("--loss", nargs="+", choices=LOSSES, default=["ce"],
-        help="several: the strongest; default ce")
-    add("--threat", choices=["white", "gray"], default="white", help="gray: the classifier alone")
-    args = cli.parse(parser)
+    add("--restarts", type=cli.count, default=1, help="random starts of pgd, the strongest counts; default 1")
+    add("--eot", type=cli.count, default=8, help="draws of the noise that each gradient of pgd+eot averages, "
+        "default 8")
+    add("--loss", nargs="+", choices=LOSSES, default=["ce"], help="what pgd raises; of several an attack "
+        "each, the strongest counts; default ce, the cross-entropy")
+    add("--threat", choices=["white", "gray"], default="white", help="what the attacker differentiates: the "
+        "whole defense (white, default), or its classifier alone (gray, the paper's protocol)")
+    args = cli.parse(parser, argv)
     if args.norm == "l2" and args.eps is None:
-        raise UserError("--norm l2 needs --eps, a length over all pixels: 1 or 2, say")
-    if args.norm == "linf" and max(args.eps or [0]) > 1:
-        raise UserError(f"--eps {max(args.eps):g} is more than the range of the pixels, 1; write 8/255")
-    if args.norm == "l2" and 0 < min(args.eps) < 0.1:
-        print(f"note: --norm l2 takes the length over all pixels, and {min(args.eps):g} is next to nothing; "
-              "0.5 and 1 are usual")
-    if args.threat == "gray" or not any(name.endswith("+eot") for name in args.attack):
-        cli.refuse_unused(args, ["eot"], "without a white-box attack with +eot")
-    if args.step_size == 0:
-        raise UserError("--step-size 0 moves nothing: give a positive one, as 2/255")
+        raise UserError("--norm l2 needs --eps, a length over all pixels: 0.5 or 1, say")
+    for name in args.attack:
+        if args.norm not in ATTACKS[name.removesuffix("+eot")].norms:
+            raise UserError(f"--attack {name} is not bounded in {args.norm}")
     return args
 
 
-class Cell(NamedTuple):
-    """A row of the table that is to be measured: a defense, an attack on it, and its settings."""
-    one: weights.Tested
-    random: bool
-    name: str
-    eps: float
-    settings: dict
-    seconds: float  # about how long it will take
-
-
-def attack_settings(args, name, eps, random):
-    """The arguments of an attack for one row of the table; random: the defense needs EOT."""
+def settings_of(args, name, eps, random):
+    """(the arguments of an attack for one row of the table, its losses); random: the defense needs EOT."""
     base = name.removesuffix("+eot")
-    settings = dict(steps=args.steps, restarts=args.restarts, step_size=args.step_size)
+    averages = name != base and random and args.threat == "white"
+    settings = dict(steps=args.steps, step_size=args.step_size, norm=args.norm, restarts=args.restarts,
+                    eot=args.eot if averages else 1, early_stop=not random and args.threat == "white")
     if args.step_size is None:
         settings["step_size"] = 2.5 * eps / args.steps
     settings.update(ATTACKS[base].fixed(eps))
-    averaged = name != base and random and args.threat == "white"
-    settings.update(eot=args.eot if averaged else 1, early_stop=not random and args.threat == "white")
-    return settings
+    losses = [settings.pop("loss")] if "loss" in settings else args.loss
+    return settings, losses
 
 
-def gradients_of_image(settings, args):
-    """How many gradients an attack takes for each image, if it never stops early."""
-    return settings["steps"] * settings["eot"] * settings["restarts"] * len(args.loss)
-
-
-def plan_table(args, tested, images, images_in_all):
+def plan_table(args, entries, images):
     """The cells to measure; two calls of each model on the first images tell how long they will take."""
     cells = []
-    for one in tested:
+    for entry in entries:
+        few = data.as_floats(images[:BATCH])
         started = time.perf_counter()
-        random = is_random(one.model, images)
-        seconds_of_image = (time.perf_counter() - started) / 2 / len(images)
-        for eps in args.eps or one.checkpoint["data"]["attack_eps"]:
+        accuracy(entry.model, few, torch.zeros(len(few), dtype=torch.long, device=few.device))
+        seconds = 3 * len(images) / len(few) * (time.perf_counter() - started)  # of a gradient of every image
+        random = cli.sum_over_processes(needs_eot(entry.model, few)) != [0]
+        for eps in args.eps or entry.checkpoint["data"]["attack_eps"]:
             for name in args.attack:
-                settings, base = attack_settings(args, name, eps, random), name.removesuffix("+eot")
+                settings, losses = settings_of(args, name, eps, random)
+                base = name.removesuffix("+eot")
                 if name != base and base in args.attack and settings["eot"] == 1:
                     continue  # nothing is random for the attacker: the same as without EOT
-                seconds = 3 * seconds_of_image * images_in_all * gradients_of_image(settings, args)
-                cells.append(Cell(one, random, name, eps, settings, seconds / cli.world_size()))
+                gradients = ATTACKS[base].gradients(settings) * len(losses)
+                cells.append(Cell(entry, random, name, eps, settings, losses, seconds * gradients))
     return cells
 
 
-def percent(correct, images_in_all):
-    """The share of correct draws of each image, as a percentage over the images of all processes."""
-    return 100 * cli.sum_over_processes(correct.sum().item())[0] / images_in_all
+def measure(cell, args, images, labels, batch, show):
+    """The share of correct draws of each image after the attack, [N]; show(done) is told how far it is."""
+    entry, attack = cell.entry, ATTACKS[cell.attack.removesuffix("+eot")].function
+    attacked = entry.model if args.threat == "white" else entry.classifier
+
+    def attack_and_score(x, y):
+        candidates = [attack(attacked, x, y, cell.eps, loss=loss, **cell.settings) for loss in cell.losses]
+        adversarial = candidates[0] if len(candidates) == 1 else strongest(attacked, candidates, y)
+        check_adversarial(adversarial, x, cell.eps, args.norm)
+        return accuracy(entry.model, adversarial, y, DRAWS if cell.random else 1)
+    cli.seed_everything(args.seed)
+    return in_batches(attack_and_score, images, labels, batch, show)
 
 
-def measure_clean(cell, args, batches, device):
-    """The share of correct draws of each clean image, [N]: the same for every attack on a defense."""
-    draws = DRAWS if cell.random else 1
-    training.seed_epoch(args.seed, 0)
-    with cli.autocast(args.bf16, device):
-        return torch.cat([accuracy(cell.one.model, images, labels, draws) for images, labels in batches])
-
-
-def measure_robust(cell, args, batches, device, show):
-    """(the share of correct draws of each attacked image, [N]; seconds)."""
-    model, draws = cell.one.model, DRAWS if cell.random else 1
-    attacked = model if args.threat == "white" else cell.one.classifier
-    attack = ATTACKS[cell.name.removesuffix("+eot")].run
-    training.seed_epoch(args.seed, 0)
-    started = time.perf_counter()
-    with cli.autocast(args.bf16, device):
-        correct = attack_batches(attack, model, attacked, batches, cell.eps, args.norm, args.loss, draws,
-                                 cell.settings, show)
-    return correct, time.perf_counter() - started
-
-
-def main():
-    args = arguments()
+def main(argv=None):
+    args = arguments(argv)
     device = cli.open_device(args.device)
-    tested = weights.load_defenses(args, device)
-    batches, images_in_all = weights.load_test_images(args, tested, device)
-    table, progress = report.open_table(args.out / "attack.csv"), cli.Progress()
-    first_images, _ = next(iter(batches))
+    entries = tested.load_entries(args, device)
+    images, labels, _ = tested.load_test_images(args, entries, device)
+    total, pixels = len(images), data.digest(images, labels)
+    images, labels = tested.own_share(images, labels)
+    batch, table, progress = min(BATCH, args.max_batch), args.out / "attack.csv", cli.Progress()
     with cli.autocast(args.bf16, device):
-        cells = plan_table(args, tested, first_images, images_in_all)
-    pixels = data.digest_of(batches)
-    step = "2.5 eps/steps" if args.step_size is None else f"{255 * args.step_size:.3g}/255"
-    width, name_width = max(len(one.words) for one in tested), max(8, *map(len, args.attack))
-    print(f"{images_in_all} {args.split} images of {args.data}, {args.norm}, {args.steps} steps of {step}, "
-          f"EOT {args.eot}, {args.restarts} restart(s), loss {'+'.join(args.loss)}, {args.threat}-box, "
-          f"{DRAWS} draws, seed {args.seed}; accuracy in % [95% interval]; takes at most about "
-          f"{cli.minutes(sum(cell.seconds for cell in cells))} minutes\n\n{'defense':{width}} "
-          f"{'eps':>7}  {'attack':{name_width}} {'clean':>19} {'robust':>19} {'seconds':>8}   gradients/s")
+        cells = plan_table(args, entries, images)
+    width, name_width = max(len(entry.name) for entry in entries), max(8, *map(len, args.attack))
+    most_seconds = sum(cell.seconds for cell in cells)
+    print(f"{total} {args.split} images of {args.data}, {args.norm}, loss {'+'.join(args.loss)}, "
+          f"{args.threat}-box, {args.restarts} restart(s), {DRAWS} draws, seed {args.seed}, {device.type}; "
+          f"accuracy in % [95% interval]; at most about {cli.minutes(most_seconds)} minutes\n\n"
+          f"{'run and level':{width}} {'eps':>7}  {'attack':{name_width}} {'steps':>5} {'EOT':>3} {'clean':>19} "
+          f"{'robust':>19} {'seconds':>8}")
     clean_of = {}
     for cell in cells:
-        one, settings = cell.one, cell.settings
-        if one.model not in clean_of:
-            clean_of[one.model] = percent(measure_clean(cell, args, batches, device), images_in_all)
-        ball = f"{255 * cell.eps:.4g}/255" if args.norm == "linf" else f"{cell.eps:g}"
-        correct, seconds = measure_robust(
-            cell, args, batches, device,
-            lambda text, done: progress.show(f"{one.words}, {ball}, {cell.name}: {text}", done))
+        entry, draws = cell.entry, DRAWS if cell.random else 1
+        ball, started = in_units(cell.eps, args.norm), time.perf_counter()
+        with cli.autocast(args.bf16, device):
+            if entry.name not in clean_of:
+                cli.seed_everything(args.seed)
+                clean_of[entry.name] = percent(in_batches(lambda x, y: accuracy(entry.model, x, y, draws),
+                                                          images, labels, batch))
+            robust = percent(measure(cell, args, images, labels, batch, lambda done: progress.show(
+                f"{entry.name}, {ball}, {cell.attack}", done)))
+        clean, seconds = clean_of[entry.name], time.perf_counter() - started
         progress.clear()
-        clean, robust = clean_of[one.model], percent(correct, images_in_all)
-        speed = f"{images_in_all * gradients_of_image(settings, args) / seconds:.0f}"
-        print(f"{one.words:{width}} {ball:>7}  {cell.name:{name_width}} "
-              f"{report.interval(clean, images_in_all):>19} {report.interval(robust, images_in_all):>19} "
-              f"{seconds:8.1f} {'stopped early' if settings['early_stop'] else speed:>13}", flush=True)
+        print(f"{entry.name:{width}} {ball:>7}  {cell.attack:{name_width}} {cell.settings['steps']:5} "
+              f"{cell.settings['eot']:3} {report.interval(clean, total):>19} "
+              f"{report.interval(robust, total):>19} {seconds:8.1f}", flush=True)
+        if robust > clean + 1:
+            print("note: more images are right under attack than without one: this attack does not work here")
         report.append_row(table, dict(
-            defense=one.words, run=one.run, level=one.level, attack=cell.name, norm=args.norm,
-            eps=f"{cell.eps:.6g}", steps=settings["steps"], step_size=f"{settings['step_size']:.6g}",
-            restarts=settings["restarts"], eot=settings["eot"], loss="+".join(args.loss),
-            threat=args.threat, reading="one shot", draws=DRAWS if cell.random else 1, data=args.data,
-            split=args.split, images=images_in_all, pixels=pixels, seed=args.seed,
+            defense=entry.name, run=entry.folder, level=entry.level, value=entry.value, attack=cell.attack,
+            norm=args.norm, eps=f"{cell.eps:.6g}", steps=cell.settings["steps"],
+            step_size=f"{cell.settings['step_size']:.6g}", restarts=cell.settings["restarts"],
+            eot=cell.settings["eot"], loss="+".join(cell.losses), threat=args.threat, reading="one "
+                "shot", draws=draws,
+            data=args.data, split=args.split, images=total, pixels=pixels, attack_seed=args.seed,
             precision="bf16" if args.bf16 else "fp32", clean_accuracy=f"{clean:.2f}",
-            robust_accuracy=f"{robust:.2f}", seconds=f"{seconds:.1f}", **run.origin_of_row(one.model, CODE)))
+            robust_accuracy=f"{robust:.2f}", seconds=f"{seconds:.1f}",
+            weights=run.fingerprint(entry.model), code=run.digest_of_files(CODE), commit=run.commit()))
     print(f"\nwrote {table}")
 
 

@@ -4,7 +4,7 @@
     python finetune.py --mode clean                 undefended: runs/digits/clean
     python finetune.py --mode no-denoise            noise without denoising, the ablation
     python finetune.py --adversarial 16/255         adversarial training; with --mode de3 through De³
-    python finetune.py --autoencoder runs/digits/mim --out runs/digits/de3_mim       behind MIM
+    python finetune.py --autoencoder runs/digits/mim                  behind MIM
     python finetune.py --out runs/digits/de3 --resume                 go on where it was cut short
 
 Order: augment, mix (or attack: PGD through the defense, one draw a step), noise, denoise without
@@ -19,252 +19,235 @@ import torch
 import torch.nn.functional as F
 from torchvision.transforms import v2
 
-from attack import pgd
-from model import CLASSIFIERS, DEFENSES, SIGMA_HELP, SIZES, UserError, make_classifier
-from support import cli, data, report, run, training, weights
+from attack import accuracy, in_batches, percent, pgd
+from model import CLASSIFIERS, DEFENSES, SIGMA_HELP, SIZES, NoiseScale, UserError, make_classifier
+from support import cli, data, run, tested, training
 
 PAPER = dict(epochs=100, batch_size=1024, base_lr=1e-3, warmup_share=0.05, weight_decay=0.05,
              layer_decay=0.75, beta2=0.999, drop_path=0.1, label_smoothing=0.1, attack_steps=5, augment=True)
 TINY = dict(epochs=40, batch_size=64, base_lr=6.4e-2, warmup_share=1 / 12, weight_decay=0.05,
             layer_decay=1.0, beta2=0.98, drop_path=0.0, label_smoothing=0.1, attack_steps=5, augment=True)
+TINY_HARD = {**TINY, "epochs": 48, "batch_size": 32, "base_lr": 3.2e-2}  # for images on which 6.4e-2 fails
+SMALL = dict(epochs=15, batch_size=64, base_lr=4e-3, warmup_share=0.1, weight_decay=0.05,
+             layer_decay=0.75, beta2=0.98, drop_path=0.0, label_smoothing=0.1, attack_steps=2, augment=True)
 RECIPES = {  # the paper's from base on; tiny and small were chosen on validation images
     "tiny": TINY,
     "tiny resnet18": {**TINY, "epochs": 12, "batch_size": 128, "base_lr": 2e-3, "beta2": 0.999},
-    "tiny no-denoise": {**TINY, "epochs": 48, "batch_size": 32, "base_lr": 3.2e-2},  # 6.4e-2 fails on
-    "tiny mim": {**TINY, "epochs": 48, "batch_size": 32, "base_lr": 3.2e-2},  # images as hard as these
-    "tiny adversarial": {**TINY, "label_smoothing": 0.0, "augment": False},  # which make it weaker
-    "small": dict(epochs=15, batch_size=64, base_lr=4e-3, warmup_share=0.1, weight_decay=0.05,
-                  layer_decay=0.75, beta2=0.98, drop_path=0.0, label_smoothing=0.1, attack_steps=2,
-                  augment=True),
+    "tiny no-denoise": TINY_HARD,
+    "tiny mim": TINY_HARD,
+    "tiny mim-visible": TINY_HARD,
+    "tiny adversarial": {**TINY, "label_smoothing": 0.0, "augment": False},  # both make it weaker
+    "small": SMALL,
+    "small adversarial": SMALL,
     "medium": {**PAPER, "epochs": 50, "batch_size": 256, "warmup_share": 0.1, "attack_steps": 2},
     "base": PAPER,
     "large": {**PAPER, "epochs": 50, "warmup_share": 0.1},
     "huge": {**PAPER, "epochs": 50, "warmup_share": 0.1, "drop_path": 0.2},
 }
-MAX_MASK_RATIO = 0.75
-AUGMENT_FROM = 10_000  # photographs: with fewer, the paper's augmentation hinders
-CODE = ("model.py", "support/training.py", "finetune.py")  # what decides the weights
+FEW = 10_000  # photographs: with fewer, the paper's augmentation hinders
+ENCODER = ("image_size", "patch_size", "embed_dim", "depth", "num_heads", "mean", "std")  # a ViT's config
+CODE = ("model.py", "support/training.py", "finetune.py", "attack.py")  # what decides the weights
 
 
-def arguments():
-    parser = cli.training_parser(__doc__, RECIPES)
+def arguments(argv=None):
+    parser = cli.training_parser("python finetune.py", __doc__, RECIPES)
     add = parser.add_argument
-    add("--mode", choices=["de3", "clean", "no-denoise"], help="de3 (default), clean: undefended "
-        "(default with --adversarial), no-denoise: on noisy images")
-    add("--autoencoder", type=cli.run_path, metavar="RUN", default=Path("runs/digits/nim"),
-        help="folder of the pretraining run, or a file of published weights; default runs/digits/nim")
-    add("--sigma", type=cli.noise_scale, help="noise scale in 8-bit units (0..255), one draw per image: "
+    add("--mode", choices=["clean", *DEFENSES], help="what the classifier is trained behind; clean: nothing "
+        "(default with --adversarial); default: de3, or mim where the autoencoder is of MIM")
+    add("--autoencoder", type=cli.folder, metavar="RUN", help="folder of the pretraining run, or of a De³, "
+        "which holds one; default runs/<data>/nim")
+    add("--sigma", help="noise scale in 8-bit units (0..255), one draw per image: "
         f"{SIGMA_HELP}; default: the data set's, uniform:0,30 in the paper")
-    add("--max-mask-ratio", type=cli.ratio, help="behind MIM: the ratio is drawn from "
-        f"Uniform(0, this); default {MAX_MASK_RATIO:g}")
-    add("--keep-visible", action="store_true", help="behind MIM: keep unmasked patches as they are")
-    add("--adversarial", type=cli.linf_eps, metavar="EPS", help="adversarial training, linf, as 8/255")
-    add("--from-scratch", action="store_true", help="random weights instead of the encoder's")
-    add("--arch", choices=CLASSIFIERS, default="vit", help="default vit")
-    add("--data", type=data.dataset_name, help="default: the autoencoder's; its folder has moved, say")
-    weights.file_flags(parser)
-    return cli.parse(parser)
+    add("--adversarial", type=cli.eps, metavar="EPS", help="adversarial training, linf, as 8/255")
+    add("--from-scratch", action="store_true", default=None, help="random weights instead of the encoder's")
+    add("--init", type=cli.folder, metavar="RUN", help="start from this run's weights instead of the "
+        "encoder's")
+    add("--arch", choices=CLASSIFIERS, help="what classifies, default vit; others start from random weights")
+    add("--data", type=data.dataset_name, help="default: the autoencoder's; give it if that folder has moved")
+    return cli.parse(parser, argv)
 
 
-def fill_in_recipe(args, device, behind_mim):
-    """What is still open, from the recipe of the size and of what is special."""
-    if args.from_scratch:
-        args.layer_decay = 1.0  # no layer is pretrained
-    special = "mim" if behind_mim else args.mode
-    if args.adversarial is not None:
-        special = "adversarial"
-    if args.arch != "vit":
-        special = args.arch
-    cli.apply_recipe(args, RECIPES.get(f"{args.size} {special}", RECIPES[args.size]), device)
+def settle_names(args):
+    """What the run is, and where it lies: --mode, --autoencoder and --out, if they are not given."""
+    args.arch = args.arch or "vit"
+    args.from_scratch = bool(args.from_scratch or args.arch != "vit")
+    source = args.autoencoder or Path("runs", data.short_name(args.data or "digits"), "nim")
+    if args.mode is None and args.adversarial is not None:
+        args.mode = "clean"
+    elif args.mode is None:
+        pretraining = run.read(source, "autoencoder") if (source / "checkpoint.pt").exists() else {}
+        args.mode = "mim" if pretraining.get("task") == "mim" else "de3"
+    name = args.mode if args.adversarial is None else "adversarial"
+    beside = Path("runs", data.short_name(args.data)) if args.data else source.parent
+    args.out = args.out or beside / name
+    needs_decoder = args.mode != "clean" and DEFENSES[args.mode].task is not None
+    needs_encoder = not (args.from_scratch or args.init)
+    if needs_decoder or needs_encoder:
+        args.autoencoder = source
+    else:
+        cli.refuse(args, ["autoencoder"], "where neither its encoder nor its decoder is used")
 
 
-def settle(args, device):
-    """Every setting of the run: from its checkpoint with --resume, else flags, autoencoder and recipe.
-
-    Returns the autoencoder, frozen, or None where nothing of it is needed, and what is known of it.
-    """
-    args.from_scratch = args.from_scratch or args.arch != "vit"
-    if args.mode is None:
-        args.mode = "de3" if args.adversarial is None else "clean"
-    needs_autoencoder = args.mode == "de3" or not (args.from_scratch or args.init)
-    folder = args.autoencoder.parent
-    if not needs_autoencoder or weights.is_published(args.autoencoder):
-        folder = Path("runs", Path(args.data or "digits").name)
-    args.out = args.out or folder / (args.mode if args.adversarial is None else "adversarial")
-    saved = run.take_settings(args, "classifier") if args.resume else None
-    if saved:
-        fill_in_recipe(args, device, saved["defense"] == "mim")  # what an older checkpoint does not say
-        if saved["autoencoder"] is None:
-            return None, None
-        return weights.load_model(args.out, "autoencoder", device, args)
-    if args.init and args.from_scratch:
-        raise UserError("--init is for the ViT, and not for --from-scratch")
-    if needs_autoencoder:
-        autoencoder, pretraining = weights.load_model(args.autoencoder, "autoencoder", device, args)
+def settle(args, pretraining, dataset, device):
+    """Every other setting of a new run: flags, then what the autoencoder was made with, then the recipe."""
+    if pretraining:
         made = pretraining["settings"]
         if args.size not in (None, made["size"]):
             raise UserError(f"--size {args.size}: the autoencoder's is {made['size']}, and decides")
-        if not weights.is_published(args.autoencoder):
-            cli.refuse_unused(args, ["task", "norm_pix", "mean", "std"], "for a run's folder, which knows it")
-        if args.data not in (None, made["data"]):
+        if made["data"] != args.data:
             print(f"note: {args.autoencoder} was trained on {made['data']}, the classifier is on {args.data}")
-        args.data, args.size = args.data or made["data"], made["size"]
+        args.size = made["size"]
         args.seed = made["seed"] if args.seed is None else args.seed
-        args.autoencoder_weights = run.fingerprint(autoencoder)
+    args.size = args.size or dataset.size
+    if args.from_scratch:
+        args.layer_decay = 1.0  # no layer is pretrained
+    special = args.mode if args.adversarial is None else "adversarial"
+    cli.apply_recipe(args, RECIPES, special if args.arch == "vit" else args.arch, device)
+    if args.mode == "clean" or DEFENSES[args.mode].trained_at is not None:
+        cli.refuse(args, ["sigma"], f"in --mode {args.mode}")
     else:
-        cli.refuse_unused(args, ["autoencoder"], "where neither the encoder nor the decoder is used")
-        args.data = args.data or "digits"
-        dataset = data.about(args.data)
-        args.size = args.size or dataset.size
-        config = dict(SIZES[args.size], mean=dataset.mean, std=dataset.std)
-        autoencoder = None
-        pretraining = dict(config=config, task="nim", data=dict(finetune_sigma=dataset.finetune_sigma))
-    behind_mim = args.mode == "de3" and pretraining["task"] == "mim"
-    fill_in_recipe(args, device, behind_mim)
-    if args.mode == "clean" or behind_mim:
-        cli.refuse_unused(args, ["sigma"], "in --mode clean" if args.mode == "clean" else "behind MIM")
-    elif args.sigma is None:
-        args.sigma = pretraining["data"]["finetune_sigma"]
-    if behind_mim:
-        args.max_mask_ratio = MAX_MASK_RATIO if args.max_mask_ratio is None else args.max_mask_ratio
-    else:
-        cli.refuse_unused(args, ["keep_visible", "max_mask_ratio"], "unless behind MIM in --mode de3")
-    return autoencoder, pretraining
+        args.sigma = str(NoiseScale.parse(args.sigma or dataset.finetune_sigma))
 
 
-def choose_augmentation(train_set, dataset, config, recipe_augments, label_smoothing):
-    """(what augments a batch, or None; whether images and labels are mixed; the label smoothing).
+def choose_augmentation(args, train, dataset, config):
+    """(what augments a batch, or None; what mixes images and labels, or None).
 
-    Images in memory are augmented as their data set says; photographs, if there are enough, as they
-    are loaded, with the paper's augmentation.
+    Images in memory are augmented as their data set says. Photographs, if there are enough, get the paper's
+    augmentation as they are loaded; with fewer there is none, nor label smoothing, and args say so.
     """
-    if data.in_memory(train_set):
-        return dataset.finetune_augment if recipe_augments else None, False, label_smoothing
-    if len(train_set) < AUGMENT_FROM:
-        return None, False, 0.0
-    train_set.transform = training.finetune_transform(config["image_size"], config["mean"], config["std"])
-    return None, True, label_smoothing
+    if data.in_memory(train):
+        return dataset.finetune_augment if args.augment else None, None
+    if len(train) < FEW:
+        args.augment, args.label_smoothing = False, 0.0
+        return None, None
+    train.transform = training.finetune_transform(config["image_size"], config["mean"], config["std"])
+    if args.adversarial is not None:
+        return None, None
+    classes = len(train.classes)
+    return None, v2.RandomChoice([v2.MixUp(alpha=0.8, num_classes=classes),
+                                  v2.CutMix(alpha=1.0, num_classes=classes)])
 
 
-def attack_images(attacked, images, labels, eps, steps, warmup):
-    """Adversarial training's images: PGD through the defense; warmup, 0 to 1, scales eps.
-
-    The attack meets the network as it will be tested, without drop path, and batch norm must not learn
-    from the attack's own steps: hence the evaluation mode.
-    """
-    attacked.eval()
-    return pgd(attacked, images, labels, eps * min(1, warmup), steps)
-
-
-def main():
-    # the run: its settings, the autoencoder it starts from or stands behind, and what there is of it
-    args = arguments()
+def main(argv=None):
+    # the run: what there is of it, or the autoencoder it starts from, and its settings
+    args = arguments(argv)
     device = cli.open_device(args.device)
-    autoencoder, pretraining = settle(args, device)
-    code = CODE if args.adversarial is None else (*CODE, "attack.py")
-    this_run = run.Run(args, "classifier", code)
+    settle_names(args)
+    saved = run.find(args, "classifier")  # None: a new run; else what --resume goes on with
+    autoencoder, pretraining = None, None
+    if saved is None and args.autoencoder:
+        autoencoder, pretraining = run.load(args.autoencoder, "autoencoder", device)
+        run.say_made_by_other_code({args.autoencoder: pretraining})
+        args.data = args.data or pretraining["settings"]["data"]
+    elif saved and saved["autoencoder"]:
+        pretraining = saved["autoencoder"]
+        autoencoder = run.build(pretraining, device)
+    args.data = args.data or "digits"
+    dataset = data.about(args.data)
+    if saved is None:
+        settle(args, pretraining, dataset, device)
 
     # the data
-    dataset = data.about(args.data)
-    if this_run.saved:
-        config = this_run.saved["config"]
+    if saved:
+        config = saved["config"]
+    elif pretraining:
+        config = {name: pretraining["config"][name] for name in ENCODER}
     else:
-        config = {name: pretraining["config"][name] for name in weights.ENCODER}
-    train = data.load_dataset(args.data, "train", config["image_size"])
-    if this_run.saved:
-        train = data.in_order_of(this_run.saved["classes"], train, args.data)
-    heldout = data.load_heldout(args.data, config["image_size"], args.workers, train.classes)
-    num_classes = len(train.classes)
-    if num_classes < 2:
+        everything = dict(SIZES[args.size], mean=dataset.mean, std=dataset.std)
+        config = {name: everything[name] for name in ENCODER}
+    image_size = config["image_size"]
+    train = data.load_training_images(args.data, image_size, data.eval_transform(image_size), args.seed)
+    if len(train.classes) < 2:
         raise UserError(f"{args.data}: train/ holds one class folder only, {train.classes[0]}: a classifier "
                         "needs two (are they one folder deeper, or higher?)")
-    if not this_run.saved:
-        config.update(arch=args.arch, num_classes=num_classes, drop_path=args.drop_path)
-    augment, mixed, label_smoothing = choose_augmentation(train, dataset, config, args.augment,
-                                                          args.label_smoothing)
-    mixed = mixed and args.adversarial is None
-    mix = v2.RandomChoice([v2.MixUp(alpha=0.8, num_classes=num_classes),
-                           v2.CutMix(alpha=1.0, num_classes=num_classes)])
+    heldout, heldout_labels, _ = data.load_images(args.data, "val", image_size, train.classes,
+                                                  data.HELDOUT_IMAGES)
+    heldout, heldout_labels = data.as_floats(heldout).to(device), heldout_labels.to(device)
+    augment, mix = choose_augmentation(args, train, dataset, config)
     batches = data.TrainingBatches(train, args.batch_size, args.max_batch, args.seed, args.workers, device)
     if args.arch != "vit" and batches.at_once < 2:
         raise UserError("batch norm needs at least 2 images at once: give a larger --batch-size or "
                         "--max-batch")
 
-    # the classifier: new, from the encoder, or as the run left it
+    # the classifier: new, from the encoder or another run, or as this run left it
+    if saved is None:
+        config.update(arch=args.arch, num_classes=len(train.classes), drop_path=args.drop_path)
+        if args.size == "tiny" and device.type == "cpu":
+            cli.choose_threads()
     torch.manual_seed(args.seed)
     classifier = make_classifier(**config).to(device)
-    if args.init and not this_run.saved:
-        weights.initialize_from_file(classifier, args.init, "classifier")
-    elif not args.from_scratch and not this_run.saved:
-        weights.initialize(classifier, autoencoder.state_dict(), "the autoencoder")
+    if saved is None and args.init:
+        training.initialize(classifier, run.load(args.init)[0], args.init)
+    elif saved is None and not args.from_scratch:
+        training.initialize(classifier, autoencoder, args.autoencoder)
     optimizer = torch.optim.AdamW(
         training.parameter_groups(classifier, args.weight_decay, args.layer_decay),
         betas=(0.9, args.beta2), fused=True)
 
-    # the defense that it is trained behind
-    defense, defense_name, options, kept = None, "", {}, None
-    if args.mode == "de3" and pretraining["task"] == "mim":
-        defense_name, level = "mim", f"uniform:0,{args.max_mask_ratio}"
-        options = dict(keep_visible=args.keep_visible)
-    elif args.mode != "clean":
-        defense_name, level = args.mode, args.sigma
-    if defense_name:
-        defense = DEFENSES[defense_name](autoencoder, classifier, level, **options)
-    if args.mode == "de3":
-        kept = {name: value for name, value in pretraining.items() if name != "optimizer"}
-
-    def loss_of(count):
-        """The sum of the logits of so many black images, which costs what the loss costs."""
-        classifier.eval()  # batch norm is to learn nothing from them
-        images = torch.zeros(count, 3, config["image_size"], config["image_size"], device=device)
-        if defense is not None:
-            with torch.no_grad():
-                images = defense.purify(images)
-        return classifier(images).sum()
-    if args.dry_run:
-        training.print_dry_run(args, classifier, loss_of, len(train), batches)
-        return
-    first_epoch = this_run.start(config, args.data, train, classifier, optimizer,
-                                 lambda: loss_of(batches.at_once).backward(), defense=defense_name,
-                                 options=options, classes=train.classes, autoencoder=kept)
+    # the defense that it is trained behind, and the run
+    name, level, defended = "", None, classifier
+    if args.mode != "clean":
+        name, level = args.mode, args.sigma or DEFENSES[args.mode].trained_at
+        tested.check_task(name, autoencoder, pretraining, args.autoencoder)
+        defended = DEFENSES[name](autoencoder, classifier, level)
+    if saved:
+        checkpoint = saved
+        run.restore(checkpoint, args, CODE, train, model=classifier, optimizer=optimizer)
+    else:
+        held = pretraining if name and DEFENSES[name].task else None
+        checkpoint = run.begin(args, "classifier", CODE, config, dataset, train, defense=name, level=level,
+                               autoencoder=held)
+        run.save(args.out, checkpoint, defended, heldout[:8], model=classifier, optimizer=optimizer)
 
     # training
-    model = training.distribute(classifier)
-    steps, micro_batches = batches.steps, batches.micro_batches
-    peak_lr, warmup_steps = args.base_lr * batches.batch / 256, args.warmup_epochs * steps
-    for epoch in range(first_epoch, args.epochs):
+    model = training.distribute(classifier, optimizer)
+    steps, micro_batches = args.epochs * batches.steps, batches.micro_batches
+    peak_lr = args.base_lr * batches.batch / 256
+    warmup_steps = args.epochs * args.warmup_share * batches.steps
+    training.print_plan(classifier, batches, args.epochs, peak_lr)
+    for epoch in range(checkpoint["epoch"], args.epochs):
         images_of_epoch = batches.epoch(epoch)
-        log = training.EpochLog(epoch + 1, args.epochs, len(train))
-        for step in range(epoch * steps, (epoch + 1) * steps):
+        log = training.EpochLog(epoch + 1, args.epochs, batches.steps * micro_batches)
+        for step in range(epoch * batches.steps, (epoch + 1) * batches.steps):
             for micro_step in range(micro_batches):
                 images, labels = next(images_of_epoch)
+                augmented = images if augment is None else augment(images)
                 targets = labels
-                if augment is not None:
-                    images = augment(images)
+                if mix is not None:
+                    augmented, targets = mix(augmented, labels)
+                attacked = augmented
                 if args.adversarial is not None:
-                    warmup = step / warmup_steps if warmup_steps else 1
+                    defended.eval()  # as it will be tested: no drop path, and batch norm learns nothing
+                    eps = args.adversarial * min(1, step / warmup_steps if warmup_steps else 1)
                     with cli.autocast(args.bf16, device):
-                        images = attack_images(defense or classifier, images, labels, args.adversarial,
-                                               args.attack_steps, warmup)
-                elif mixed:
-                    images, targets = mix(images, labels)
+                        attacked = pgd(defended, augmented, labels, eps, args.attack_steps)
                 classifier.train()
                 model.require_backward_grad_sync = micro_step == micro_batches - 1
                 with cli.autocast(args.bf16, device):
-                    if defense is not None:
+                    purified = attacked
+                    if name:
                         with torch.no_grad():
-                            images = defense.purify(images)
-                    logits = model(images)
-                    loss = F.cross_entropy(logits, targets, label_smoothing=label_smoothing)
+                            purified = defended.purify(attacked)
+                    logits = model(purified)
+                    loss = F.cross_entropy(logits, targets, label_smoothing=args.label_smoothing)
                 (loss / micro_batches).backward()
-                log.add(loss, len(images), None if mixed else (logits.argmax(1) == labels).sum())
-            lr = training.learning_rate(step, args.epochs * steps, warmup_steps, peak_lr, final=1e-6)
+                hits = (logits.argmax(1) == labels).sum() if mix is None else None
+                log.add(loss, len(images), hits)
+            lr = training.learning_rate(step, steps, warmup_steps, peak_lr, final=1e-6)
             training.update(optimizer, lr)
-        this_run.save(epoch + 1, log.finish(lr), classifier, optimizer)
+        checkpoint["log"].append(log.finish(lr))
+        checkpoint["epoch"] = epoch + 1
+        run.save(args.out, checkpoint, defended, heldout[:8], model=classifier, optimizer=optimizer)
 
     # what it reached
-    report.show_finetuning(args.mode, defense or classifier, heldout, args.seed, args.epochs, device)
-    print(f"the run is in {args.out}\n")
+    defended.eval()
+    cli.seed_everything(args.seed)
+    heldout, heldout_labels = tested.own_share(heldout, heldout_labels)
+    correct = percent(in_batches(lambda x, y: accuracy(defended, x, y), heldout, heldout_labels,
+                                 args.max_batch))
+    behind = f" behind {defended.title}, {defended.level}" if name else ""
+    print(f"{correct:.1f}% of the validation images are right{behind}\nthe run is in {args.out}; next: "
+          f"python attack.py {args.out}")
 
 
 if __name__ == "__main__":

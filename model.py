@@ -2,11 +2,13 @@
 
 Source: "Beyond Pretrained Features: Noisy Image Modeling Provides Adversarial Defense" (NeurIPS
 2023, arXiv 2302.01056), on MAE (arXiv 2111.06377), whose parameter names are kept: weights are
-published under them. Images are [B, 3, H, W] in [0, 1], normalized by mean/std inside the models;
-sigma is in 8-bit units, 0..255. Shapes: B images, L patches, p patch size, D width of a token.
+published under them. Images are [B, C, H, W] in [0, 1], normalized by mean/std inside the models (as
+many channels as values in mean: 3, or 1 for gray); sigma is in 8-bit units, 0..255. Shapes: B images,
+L patches, p patch size, D width of a token.
 """
 
 import math
+import warnings
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -122,8 +124,8 @@ class NoiseScale:
 def add_noise(images, sigma, noise=None):
     """x + ε·σ/255, not clipped; sigma is a number, or one for each image, [B].
 
-    ε ~ N(0, I) is drawn fresh at every call, unless noise, [3, H, W] or [B, 3, H, W], gives it: what
-    is measured with known noise gives it, so a law other than Gaussian has to change there as well.
+    ε ~ N(0, I) is drawn fresh at every call, unless noise, [C, H, W], gives it: studies.compare does, to
+    measure an attacker who knows the noise; for another distribution, change it there, too.
     Raises UserError for a sigma that is negative or not finite.
     """
     sigma = torch.as_tensor(sigma)
@@ -138,17 +140,18 @@ def add_noise(images, sigma, noise=None):
 # ------------------------------------------------------------------------------------- the networks
 
 def patchify(images, p):
-    """[B, 3, H, W] -> [B, L, p·p·3], patches row by row, inside a patch (row, column, channel)."""
+    """[B, C, H, W] -> [B, L, p·p·C], patches row by row, inside a patch (row, column, channel)."""
     B, C, H, W = images.shape
     grid = images.reshape(B, C, H // p, p, W // p, p)
     return grid.permute(0, 2, 4, 3, 5, 1).reshape(B, -1, p * p * C)
 
 
 def unpatchify(patches, p):
-    """Inverse of patchify, for square images: [B, L, p·p·3] -> [B, 3, H, W]."""
-    side = math.isqrt(patches.shape[1])
-    grid = patches.reshape(len(patches), side, side, p, p, -1)
-    return grid.permute(0, 5, 1, 3, 2, 4).reshape(len(patches), -1, side * p, side * p)
+    """Inverse of patchify, for square images: [B, L, p·p·C] -> [B, C, H, W]."""
+    B, L, values = patches.shape
+    side, C = math.isqrt(L), values // p**2
+    grid = patches.reshape(B, side, side, p, p, C)
+    return grid.permute(0, 5, 1, 3, 2, 4).reshape(B, C, side * p, side * p)
 
 
 def sincos_pos_embed(embed_dim, side):
@@ -214,11 +217,11 @@ class ViT(nn.Module):
         super().__init__()
         if image_size < patch_size or image_size % patch_size:
             raise UserError(f"image size {image_size} is not divisible by patch size {patch_size}")
-        self.image_size, self.patch_size = image_size, patch_size
-        self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1), persistent=False)
-        self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1), persistent=False)
+        self.image_size, self.patch_size, self.channels = image_size, patch_size, len(mean)
+        self.register_buffer("mean", torch.tensor(mean).view(1, -1, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(std).view(1, -1, 1, 1), persistent=False)
         self.patch_embed = nn.Sequential(OrderedDict(
-            proj=nn.Conv2d(3, embed_dim, kernel_size=patch_size, stride=patch_size)))
+            proj=nn.Conv2d(self.channels, embed_dim, kernel_size=patch_size, stride=patch_size)))
         self.cls_token = nn.Parameter(torch.empty(1, 1, embed_dim))
         self.blocks = nn.Sequential(*[Block(embed_dim, num_heads, rate)
                                       for rate in torch.linspace(0, drop_path, depth).tolist()])
@@ -236,7 +239,7 @@ class ViT(nn.Module):
 
     def normalize(self, images):
         """[0, 1] images -> zero mean and unit deviation over the data set, channel by channel."""
-        size = (3, self.image_size, self.image_size)
+        size = (self.channels, self.image_size, self.image_size)
         if images.shape[1:] != size:
             raise UserError(f"the model takes images [B, {size}], not {list(images.shape)}")
         return (images - self.mean) / self.std
@@ -248,45 +251,46 @@ class ViT(nn.Module):
 
     def encode(self, tokens):
         """Put the class token first and apply the blocks: [B, 1 + number of tokens, D]."""
-        cls = (self.cls_token + self.pos_embed[:, :1]).expand(len(tokens), -1, -1)
+        cls = (self.cls_token + self.pos_embed[:, :1]).expand(tokens.shape[0], -1, -1)
         return self.blocks(torch.cat([cls, tokens], dim=1))
 
 
 class Autoencoder(ViT):
     """ViT encoder and decoder in MAE's layout, pretrained by NIM (denoise) or MIM (fill in).
 
+    task: "nim" or "mim", what it is pretrained for; NIM does not use the mask token, which stays fixed.
     norm_pix: each target patch, of the mean/std-normalized image, is shifted and scaled by its own
     mean and standard deviation; an image is got back with those of a reference image.
     """
 
     def __init__(self, image_size=32, patch_size=8, embed_dim=64, depth=4, num_heads=4,
                  decoder_embed_dim=64, decoder_depth=2, decoder_num_heads=4, norm_pix=False,
-                 mean=IMAGENET_MEAN, std=IMAGENET_STD):
+                 task="nim", mean=IMAGENET_MEAN, std=IMAGENET_STD):
         super().__init__(image_size, patch_size, embed_dim, depth, num_heads, 0.0, mean, std)
         self.norm_pix = norm_pix
         self.norm = nn.LayerNorm(embed_dim, eps=1e-6)
         self.decoder_embed = nn.Linear(embed_dim, decoder_embed_dim)
-        self.mask_token = nn.Parameter(torch.empty(1, 1, decoder_embed_dim))
+        self.mask_token = nn.Parameter(torch.empty(1, 1, decoder_embed_dim), requires_grad=task == "mim")
         self.decoder_blocks = nn.Sequential(*[Block(decoder_embed_dim, decoder_num_heads)
                                               for _ in range(decoder_depth)])
         self.decoder_pos_embed = nn.Parameter(
             sincos_pos_embed(decoder_embed_dim, image_size // patch_size), False)
         self.decoder_norm = nn.LayerNorm(decoder_embed_dim, eps=1e-6)
-        self.decoder_pred = nn.Linear(decoder_embed_dim, patch_size**2 * 3)
+        self.decoder_pred = nn.Linear(decoder_embed_dim, patch_size**2 * self.channels)
         self.init_weights()
 
     def decode(self, latent):
-        """Latent [B, 1 + L, decoder D], patches in order -> prediction [B, L, p·p·3]."""
+        """Latent [B, 1 + L, decoder D], patches in order -> prediction [B, L, p·p·C]."""
         x = self.decoder_blocks(latent + self.decoder_pos_embed)
         return self.decoder_pred(self.decoder_norm(x))[:, 1:]  # the class token is dropped
 
     def denoise(self, noisy):
-        """NIM, every patch is encoded: prediction [B, L, p·p·3], in units of the target."""
+        """NIM, every patch is encoded: prediction [B, L, p·p·C], in units of the target."""
         latent = self.norm(self.encode(self.tokens(noisy)))
         return self.decode(self.decoder_embed(latent))
 
     def target(self, images):
-        """Normalized patches [B, L, p·p·3], and the mean and std that norm_pix takes out of each."""
+        """Normalized patches [B, L, p·p·C], and the mean and std that norm_pix takes out of each."""
         patches = patchify(self.normalize(images), self.patch_size)
         if not self.norm_pix:
             return patches, 0.0, 1.0
@@ -321,7 +325,7 @@ class Autoencoder(ViT):
 
         The int(L·(1 - mask_ratio)) patches of smallest score stay; scores [B, L] are uniform in
         [0, 1) unless given. The loss is over masked patches only, or over all (all_patches).
-        Returns loss, prediction [B, L, p·p·3] and mask [B, L] (1 = dropped).
+        Returns loss, prediction [B, L, p·p·C] and mask [B, L] (1 = dropped).
         """
         tokens = self.tokens(images)
         B, L, D = tokens.shape
@@ -363,19 +367,36 @@ class Classifier(ViT):
         return self.head(self.fc_norm(patches.mean(dim=1)))
 
 
+AUTOENCODERS = {  # pretrain.py --arch
+    "vit": Autoencoder,
+}
+
+
+def make_autoencoder(arch="vit", **config):
+    """The autoencoder of pretrain.py's --arch. A denoiser of another kind is a class and an entry above.
+
+    Its contract: it is made from the config of a checkpoint (image_size, mean, std, task, and what the
+    entry of SIZES says; take **others for what it does not need). forward(images, noisy) is the training
+    loss, a scalar: only what is computed there has its gradients averaged over processes.
+    reconstruct(noisy, reference) gives denoised images [B, C, H, W], not clamped; reference is what was
+    handed to the defense, before noise. What is not trained has requires_grad False.
+    """
+    return AUTOENCODERS[arch](**config)
+
+
 def resnet18_classifier(num_classes, mean, std, **vit_only):
     """torchvision's ResNet-18 with the normalization inside; what only a ViT has is left out."""
     return nn.Sequential(Normalize(mean, std), resnet18(num_classes=num_classes))
 
 
-CLASSIFIERS = {  # --arch: from the config in a checkpoint to a model from [0, 1] images to logits
+CLASSIFIERS = {  # finetune.py --arch: from the config in a checkpoint to a model from images to logits
     "vit": Classifier,
     "resnet18": resnet18_classifier,
 }
 
 
 def make_classifier(arch="vit", **config):
-    """The classifier of --arch; config holds the arguments of Classifier, of which others take some."""
+    """The classifier of finetune.py's --arch; config: Classifier's arguments, of which others take some."""
     return CLASSIFIERS[arch](**config)
 
 
@@ -401,17 +422,18 @@ def clamp_straight_through(x):
 class Defense(nn.Module):
     """What stands in front of a classifier: [0, 1] images -> purify -> classifier -> logits.
 
-    A new defense is a subclass with `purify` and `level`, and an entry of DEFENSES. The undefended
-    model is the classifier itself. The models are used as they are: put them into evaluation mode,
-    and freeze them, where they are not being trained.
+    A new defense is a subclass with `purify` and `level`, and an entry of DEFENSES, whose name is then a
+    --mode of finetune.py. The undefended model is the classifier itself. The models are used as they are:
+    put them into evaluation mode, and freeze them, where they are not being trained.
 
     autoencoder: the pretrained one, or None. classifier: any nn.Module from [0, 1] images to logits.
     votes: the logits are the log of the mean probability over this many draws (1: plain logits).
     straight_through: gradients pass the clamp as if it were the identity.
     """
     title = "defense"  # what tables call it
+    task = None  # what its autoencoder must be pretrained for, "nim" or "mim"; None: it needs none
     levels = ()  # what it is tested at unless told otherwise; (): the data set's sigmas
-    needs_autoencoder = False
+    trained_at = None  # the level to fine-tune at unless told otherwise; None: the data set's sigma
     is_random = True  # whether two calls on the same images can differ: attacks then need EOT
     level = ""  # its setting in words, as "σ = 50"
 
@@ -423,7 +445,7 @@ class Defense(nn.Module):
         self.votes, self.straight_through = votes, straight_through
 
     def purify(self, images):
-        """The images that the classifier sees, [B, 3, H, W] in [0, 1]."""
+        """The images that the classifier sees, [B, C, H, W] in [0, 1]."""
         raise NotImplementedError
 
     def steps(self, images):
@@ -448,15 +470,19 @@ class De3(Defense):
     """De³: x -> x + ε·σ/255 -> autoencoder -> clamp to [0, 1] -> classifier -> logits.
 
     sigma: a number, or a NoiseScale or its text (one draw for each image at every call).
-    noise: the ε to use, [3, H, W] for all images, instead of fresh ones; sigma must be fixed.
+    noise: the ε to use, [C, H, W] for all images, instead of fresh ones; sigma must be fixed.
     """
-    title, needs_autoencoder = "De³", True
+    title, task = "De³", "nim"
 
     def __init__(self, autoencoder, classifier, sigma, noise=None, **settings):
         super().__init__(autoencoder, classifier, **settings)
         self.sigma, self.noise = NoiseScale.parse(sigma), noise
         if noise is not None and self.sigma.fixed is None:
             raise UserError("a given noise needs a fixed sigma")
+        largest = self.sigma.parameters[-1]
+        if self.sigma.law == "uniform" and 0 < largest < 1:
+            warnings.warn(f"sigma is in 8-bit units (0..255): {largest:g} is next to nothing; where a share "
+                          f"of the pixel range was meant, write {255 * largest:g}", stacklevel=2)
 
     @property
     def is_random(self):
@@ -468,7 +494,7 @@ class De3(Defense):
 
     def add_noise(self, images):
         """x + ε·σ/255, not clamped."""
-        sigma = self.sigma.draw(len(images), images.device)
+        sigma = self.sigma.draw(images.shape[0], images.device)
         return add_noise(images, sigma, self.noise)
 
     def steps(self, images):
@@ -482,7 +508,7 @@ class De3(Defense):
 
 class NoiseOnly(De3):
     """The ablation: noise and clamp as in De³, without denoising. It ignores the autoencoder."""
-    title, needs_autoencoder = "noise only", False
+    title, task = "noise only", None
 
     def __init__(self, autoencoder, classifier, sigma, noise=None, **settings):
         super().__init__(None, classifier, sigma, noise, **settings)
@@ -497,42 +523,54 @@ class NoiseOnly(De3):
 class MaskAndFill(Defense):
     """MIM's version of De³: mask patches at random instead of noise, let the autoencoder fill them in.
 
-    mask_ratio: a number in [0, 1), or "uniform:LOW,HIGH" (one draw at every call).
-    keep_visible: paste the unmasked patches of the input back. Otherwise the classifier gets the
-    decoder's whole output, as in the authors' code, whose loss never trained the visible ones.
+    mask_ratio: a number in [0, 1), or "uniform:LOW,HIGH" (one draw at every call). The classifier gets
+    the decoder's whole output, as in the authors' code, whose loss never trained the visible patches.
     """
-    title, needs_autoencoder, levels = "MIM", True, (0.25, 0.5, 0.75)
+    title, task, levels, trained_at = "MIM", "mim", (0.25, 0.5, 0.75), "uniform:0,0.75"
 
-    def __init__(self, autoencoder, classifier, mask_ratio, keep_visible=False, **settings):
+    def __init__(self, autoencoder, classifier, mask_ratio, **settings):
         super().__init__(autoencoder, classifier, **settings)
-        self.mask_ratio, self.keep_visible = NoiseScale.parse(mask_ratio), keep_visible
+        self.mask_ratio = NoiseScale.parse(mask_ratio)
         if self.mask_ratio.law != "uniform" or self.mask_ratio.parameters[1] >= 1:
             raise UserError(f"mask_ratio must be in [0, 1), not {mask_ratio}")
 
     @property
     def level(self):
-        return f"mask {self.mask_ratio}" + (", visible kept" if self.keep_visible else "")
+        return f"mask {self.mask_ratio}"
 
     def draw_ratio(self):
-        """The mask ratio of this call."""
+        """The mask ratio of this call: all images lose equally many patches."""
         low, high = self.mask_ratio.parameters
-        return low if low == high else low + (high - low) * torch.rand(()).item()
+        if low == high:
+            return low
+        return low + (high - low) * torch.rand(()).item()
+
+    def combine(self, filled_in, images, mask):
+        """What the classifier sees, before the clamp; mask [B, C, H, W], 1 = dropped."""
+        return filled_in
 
     def steps(self, images):
         _, prediction, mask = self.autoencoder.mim(images, self.draw_ratio())
-        mask = mask[:, :, None].expand_as(prediction)
-        mask = unpatchify(mask, self.autoencoder.patch_size)  # [B, 3, H, W], 1 = dropped
+        mask = unpatchify(mask[:, :, None].expand_as(prediction), self.autoencoder.patch_size)
         filled_in = self.autoencoder.to_images(prediction, images)
-        if self.keep_visible:
-            filled_in = mask * filled_in + (1 - mask) * images
-        return {"masked": (1 - mask) * images + mask * 0.5, "filled in": self.clamp(filled_in)}
+        seen = self.combine(filled_in, images, mask)
+        return {"masked": (1 - mask) * images + mask * 0.5, "filled in": self.clamp(seen)}
 
     def purify(self, images):
         return self.steps(images)["filled in"]
 
 
-DEFENSES = {  # name: class, made as Class(autoencoder, classifier, level, options of its own)
+class MaskAndPaste(MaskAndFill):
+    """MaskAndFill with the unmasked patches of the input pasted back."""
+    title = "MIM, visible kept"
+
+    def combine(self, filled_in, images, mask):
+        return mask * filled_in + (1 - mask) * images
+
+
+DEFENSES = {  # name: class, made as Class(autoencoder, classifier, level)
     "de3": De3,
     "no-denoise": NoiseOnly,
     "mim": MaskAndFill,
+    "mim-visible": MaskAndPaste,
 }

@@ -4,6 +4,7 @@
     python pretrain.py --task mim               the baseline, MAE's masking: runs/digits/mim
     python pretrain.py --sigma 75 --out runs/digits/nim75         one fixed sigma, not a random one
     python pretrain.py --out runs/digits/nim75 --resume           go on where it was cut short
+    python pretrain.py --data FOLDER --init runs/mae              start from another run's weights
 
 Writes the run's folder: checkpoint.pt and log.csv after every epoch; at the end the PSNR on held-out
 images, as a table and as pretrain.png. Next: finetune.py.
@@ -14,8 +15,8 @@ from pathlib import Path
 
 import torch
 
-from model import SIGMA_HELP, SIZES, Autoencoder, De3, MaskAndFill, NoiseScale, add_noise
-from support import cli, data, report, run, training, weights
+from model import AUTOENCODERS, SIGMA_HELP, SIZES, De3, MaskAndPaste, NoiseScale, add_noise, make_autoencoder
+from support import cli, data, report, run, training
 
 PAPER = dict(epochs=800, batch_size=4096, base_lr=1.5e-4, warmup_share=0.05, weight_decay=0.05,
              beta2=0.95)
@@ -28,93 +29,121 @@ RECIPES = {  # the paper's from base on; tiny and small were chosen on validatio
     "base": PAPER, "large": PAPER, "huge": PAPER,
 }
 MASK_RATIO = 0.75  # of MIM; its loss is over masked patches only
+NORM_PIX_FROM = 14  # pixels of a patch: from here on target patches are normalized by default
 SIGMAS, MASK_RATIOS = (25, 50, 75, 100, 150), (0.25, 0.5, 0.75)  # where the result is shown
 CODE = ("model.py", "support/training.py", "pretrain.py")  # what decides the weights
 
 
-def arguments():
-    parser = cli.training_parser(__doc__, RECIPES)
+def arguments(argv=None):
+    parser = cli.training_parser("python pretrain.py", __doc__, RECIPES)
     add = parser.add_argument
-    add("--data", type=data.dataset_name, default="digits",
-        help=f"{data.DATA_HELP}; default digits")
-    add("--task", choices=["nim", "mim"], default="nim", help="default nim")
-    add("--sigma", type=cli.noise_scale, help="noise scale in 8-bit units (0..255), one draw per image: "
+    add("--data", type=data.dataset_name, help=f"{data.DATA_HELP}; default digits")
+    add("--task", choices=["nim", "mim"], help="denoise (nim, default) or fill in masked patches (mim)")
+    add("--sigma", help="noise scale in 8-bit units (0..255), one draw per image: "
         f"{SIGMA_HELP}; default: the data set's, gamma:25,3 in the paper")
-    add("--norm-pix", action=argparse.BooleanOptionalAction,
-        help="normalize each target patch; default: only at patches of 14 pixels and more")
-    return cli.parse(parser)
+    add("--norm-pix", action=argparse.BooleanOptionalAction, help="normalize each target patch; default: "
+        "only at patches of 14 pixels and more")
+    add("--arch", choices=AUTOENCODERS, help="what denoises, default vit")
+    add("--init", type=cli.folder, metavar="RUN", help="start from this run's weights instead of random ones")
+    return cli.parse(parser, argv)
 
 
-def recipe_of(args):
-    """The row of RECIPES for --size and --task."""
-    return RECIPES.get(f"{args.size} {args.task}", RECIPES[args.size])
-
-
-def settle(args, device):
-    """Every setting of the run: from its checkpoint with --resume, else flags, data set and recipe."""
-    args.out = args.out or Path("runs", Path(args.data).name, args.task)
-    if args.resume and run.take_settings(args, "autoencoder"):
-        cli.apply_recipe(args, recipe_of(args), device)  # what an older checkpoint does not say
-        return
-    dataset = data.about(args.data)
-    args.size = args.size or dataset.size
-    cli.apply_recipe(args, recipe_of(args), device)
+def settle(args, dataset, device):
+    """Every setting of a new run: flags, then the data set, then the recipe."""
+    args.size, args.arch = args.size or dataset.size, args.arch or "vit"
+    cli.apply_recipe(args, RECIPES, args.task, device)
     if args.task == "mim":
-        cli.refuse_unused(args, ["sigma"], "in MIM")
-        args.mask_ratio = MASK_RATIO
-    elif args.sigma is None:
-        args.sigma = dataset.pretrain_sigma
+        cli.refuse(args, ["sigma"], "in MIM")
+    else:
+        args.sigma = str(NoiseScale.parse(args.sigma or dataset.pretrain_sigma))
     if args.norm_pix is None:
-        args.norm_pix = SIZES[args.size]["patch_size"] >= weights.NORM_PIX_FROM
+        args.norm_pix = SIZES[args.size].get("patch_size", 0) >= NORM_PIX_FROM
 
 
-def main():
+@torch.no_grad()
+def show_result(path, autoencoder, task, images, seed):
+    """PSNR of the denoised (or filled-in) images, as a table, and one image as a picture."""
+    kind, levels = (De3, SIGMAS) if task == "nim" else (MaskAndPaste, MASK_RATIOS)
+    defenses = [kind(autoencoder.eval(), None, level) for level in levels]
+    nothing, pictured, worse = [""] * len(levels), {}, []
+    print("\nPSNR in dB: more is better")
+    for defense in defenses:
+        cli.seed_everything(seed)
+        made = [defense.steps(batch) for batch in images.split(250)]
+        decibels = {}
+        for name in made[0]:
+            decibels[name] = report.psnr(torch.cat([steps[name] for steps in made]), images)
+            caption = f"{decibels[name][0]:.1f} dB"
+            pictured.setdefault(name, []).append((made[0][name][0], caption))
+        means = {name: of_each.mean().item() for name, of_each in decibels.items()}
+        print(f"{defense.level:>10}  " + "  ".join(f"{name} {mean:5.2f}" for name, mean in means.items()))
+        before, after = means.values()
+        if after < before:
+            worse.append(defense.level)
+    if worse:
+        print(f"note: at {', '.join(worse)} the result is further from the image than what it was made of: "
+              "train longer, or on more images")
+    rows = [report.Row("clean", images[:1].expand(len(levels), -1, -1, -1), nothing, nothing)]
+    for name, columns in pictured.items():
+        shown, captions = zip(*columns)
+        rows.append(report.Row(name, torch.stack(shown), captions, nothing))
+    report.draw_sheet(path, "A held-out image; under it the PSNR to the clean one",
+                      [defense.level for defense in defenses], rows)
+
+
+def main(argv=None):
     # the run: its settings, and what there is of it
-    args = arguments()
+    args = arguments(argv)
     device = cli.open_device(args.device)
-    settle(args, device)
-    this_run = run.Run(args, "autoencoder", CODE)
+    args.data, args.task = args.data or "digits", args.task or "nim"
+    args.out = args.out or Path("runs", data.short_name(args.data), args.task)
+    saved = run.find(args, "autoencoder")  # None: a new run; else what --resume goes on with
+    dataset = data.about(args.data)
+    if saved is None:
+        settle(args, dataset, device)
     nim = args.task == "nim"
-    sigma = NoiseScale.parse(args.sigma) if nim else None
 
     # the data
-    dataset = data.about(args.data)
-    config = dict(SIZES[args.size], norm_pix=args.norm_pix, mean=dataset.mean, std=dataset.std)
-    if this_run.saved:
-        config = this_run.saved["config"]
+    if saved:
+        config = saved["config"]
+    else:
+        config = dict(SIZES[args.size], arch=args.arch, task=args.task, norm_pix=args.norm_pix,
+                      mean=dataset.mean, std=dataset.std)
     image_size = config["image_size"]
-    train = data.load_dataset(args.data, "train", image_size, training.pretrain_transform(image_size))
-    heldout = data.load_heldout(args.data, image_size, args.workers)
-    augment = dataset.pretrain_augment if data.in_memory(train) else None  # others: as they are loaded
+    transform = training.pretrain_transform(image_size)
+    train = data.load_training_images(args.data, image_size, transform, args.seed)
+    heldout, _, _ = data.load_images(args.data, "val", image_size, train.classes, data.HELDOUT_IMAGES)
+    heldout = data.as_floats(heldout).to(device)
+    augment = dataset.pretrain_augment if data.in_memory(train) else None  # photographs: as they are loaded
     batches = data.TrainingBatches(train, args.batch_size, args.max_batch, args.seed, args.workers, device)
 
     # the model, new or as the run left it
+    if saved is None and args.size == "tiny" and device.type == "cpu":
+        cli.choose_threads()
     torch.manual_seed(args.seed)
-    autoencoder = Autoencoder(**config).to(device)
-    if args.init and not this_run.saved:
-        weights.initialize_from_file(autoencoder, args.init)
-    autoencoder.mask_token.requires_grad_(not nim)  # NIM does not use it
+    autoencoder = make_autoencoder(**config).to(device)
+    if args.init and saved is None:
+        training.initialize(autoencoder, run.load(args.init)[0], args.init)
     optimizer = torch.optim.AdamW(training.parameter_groups(autoencoder, args.weight_decay),
                                   betas=(0.9, args.beta2), fused=True)
-
-    def loss_of(count):
-        """The loss of so many black images."""
-        images = torch.zeros(count, 3, image_size, image_size, device=device)
-        return autoencoder(images, images) if nim else autoencoder(images, mask_ratio=args.mask_ratio)
-    if args.dry_run:
-        training.print_dry_run(args, autoencoder, loss_of, len(train), batches)
-        return
-    first_epoch = this_run.start(config, args.data, train, autoencoder, optimizer,
-                                 lambda: loss_of(batches.at_once).backward(), task=args.task)
+    if saved:
+        checkpoint = saved
+        run.restore(checkpoint, args, CODE, train, model=autoencoder, optimizer=optimizer)
+    else:
+        checkpoint = run.begin(args, "autoencoder", CODE, config, dataset, train, task=args.task)
+        run.save(args.out, checkpoint, autoencoder, heldout[:8], model=autoencoder, optimizer=optimizer)
 
     # training
-    model = training.distribute(autoencoder)
-    steps, micro_batches = batches.steps, batches.micro_batches
+    model = training.distribute(autoencoder, optimizer)
+    steps, micro_batches = args.epochs * batches.steps, batches.micro_batches
     peak_lr = args.base_lr * batches.batch / 256
-    for epoch in range(first_epoch, args.epochs):
+    warmup_steps = args.epochs * args.warmup_share * batches.steps
+    training.print_plan(autoencoder, batches, args.epochs, peak_lr)
+    for epoch in range(checkpoint["epoch"], args.epochs):
+        autoencoder.train()
         images_of_epoch = batches.epoch(epoch)
-        log = training.EpochLog(epoch + 1, args.epochs, len(train))
-        for step in range(epoch * steps, (epoch + 1) * steps):
+        log = training.EpochLog(epoch + 1, args.epochs, batches.steps * micro_batches)
+        for step in range(epoch * batches.steps, (epoch + 1) * batches.steps):
             for micro_step in range(micro_batches):
                 images, _ = next(images_of_epoch)
                 if augment is not None:
@@ -122,23 +151,22 @@ def main():
                 model.require_backward_grad_sync = micro_step == micro_batches - 1
                 with cli.autocast(args.bf16, device):
                     if nim:
-                        noisy = add_noise(images, sigma.draw(len(images), device))
-                        loss = model(images, noisy)
+                        sigma = NoiseScale.parse(args.sigma).draw(len(images), device)
+                        loss = model(images, add_noise(images, sigma))
                     else:
-                        loss = model(images, mask_ratio=args.mask_ratio)
+                        loss = model(images, mask_ratio=MASK_RATIO)
                 (loss / micro_batches).backward()
                 log.add(loss, len(images))
-            lr = training.learning_rate(step, args.epochs * steps, args.warmup_epochs * steps, peak_lr,
-                                        final=0.0)
+            lr = training.learning_rate(step, steps, warmup_steps, peak_lr, final=0.0)
             training.update(optimizer, lr)
-        this_run.save(epoch + 1, log.finish(lr), autoencoder, optimizer)
+        checkpoint["log"].append(log.finish(lr))
+        checkpoint["epoch"] = epoch + 1
+        run.save(args.out, checkpoint, autoencoder, heldout[:8], model=autoencoder, optimizer=optimizer)
 
     # what it reached
-    if nim:
-        shown = [De3(autoencoder, None, level) for level in SIGMAS]
-    else:
-        shown = [MaskAndFill(autoencoder, None, level, keep_visible=True) for level in MASK_RATIOS]
-    report.show_pretraining(args.out / "pretrain.png", shown, heldout, args.seed, args.epochs, device)
+    if cli.rank() == 0:
+        show_result(args.out / "pretrain.png", autoencoder, args.task, heldout, args.seed)
+    print(f"the run is in {args.out}; next: python finetune.py --autoencoder {args.out}")
 
 
 if __name__ == "__main__":

@@ -16,10 +16,10 @@ import sys
 
 import torch
 
-from attack import accuracy, check_adversarial, check_logits, margin, objective, pgd, strongest
+from attack import accuracy, check_adversarial, in_batches, input_gradient, margin, needs_eot, pgd, strongest
 from model import UserError
 from studies.square import square_search
-from support import cli, training, weights
+from support import cli, data, tested
 
 FEWEST_IMAGES = 90  # fewer than 9 changed images never count (3 standard errors): here 10 points
 QUERIES = 300  # of the gradient-free search
@@ -32,12 +32,6 @@ def changed(defense, **attributes):
         if hasattr(twin, name):
             setattr(twin, name, value)
     return twin
-
-
-def in_batches(function, images, labels, max_batch):
-    """function(images, labels) for at most max_batch images at once; its results joined."""
-    pairs = zip(images.split(max_batch), labels.split(max_batch))
-    return torch.cat([function(x, y) for x, y in pairs])
 
 
 def predicted_and_actual_gain(defense, images, labels, step=1 / 255):
@@ -65,16 +59,19 @@ def predicted_and_actual_gain(defense, images, labels, step=1 / 255):
 
 
 def audit(defense, images, labels, eps, steps, eot, draws, max_batch, others=(),
-          show=lambda text: None):
+          show=lambda name, figures, holds: None):
     """Checks of a defense, and of the attack on it: a list of (what must hold, figures, holds).
 
     defense: any model from [0, 1] images to logits; a Defense is also attacked in gray-box, with the
     clamp's own gradient, and through ten votes.
     images [B, 3, H, W] in [0, 1] with labels [B]; eps: radius in L∞; steps, eot: of PGD; draws: fresh
     draws that score; max_batch: images that a model sees at once; others: models whose adversarial
-    images are tried on the defense; show(text) is told which check is at work.
+    images are tried on the defense; show(name, figures, holds) is told of each check when it is done.
     """
     checks = []
+    random = needs_eot(defense, images[:max_batch])
+    if not random:
+        eot = draws = 1
 
     def score(x, model=defense):
         """Share of correct draws of each image."""
@@ -94,7 +91,7 @@ def audit(defense, images, labels, eps, steps, eot, draws, max_batch, others=(),
 
     def add(name, holds, figures):
         checks.append((name, figures, bool(holds)))
-        show(f"{len(checks)} checks done")
+        show(*checks[-1])
 
     def compare(name, base, other, both_ways=False):
         """`other` must not be below `base` (an attack: must not be stronger)."""
@@ -109,14 +106,7 @@ def audit(defense, images, labels, eps, steps, eot, draws, max_batch, others=(),
         x = images.clone().requires_grad_()
         watched = torch.stack([in_batches(lambda a, b: (defense(a).argmax(1) == b).float(), x, labels,
                                           max_batch) for _ in range(draws)]).mean(0)
-
-        def gradient_of(a, b):
-            a = a.detach().requires_grad_()
-            logits = defense(a)
-            check_logits(logits)
-            loss = objective(logits, b, None, "ce").sum()
-            return torch.autograd.grad(loss, a, allow_unused=True, materialize_grads=True)[0]
-        gradient = in_batches(gradient_of, images, labels, max_batch)
+    gradient = in_batches(lambda a, b: input_gradient(defense, a, b)[0], images, labels, max_batch)
     compare("accuracy is the same while gradients are taken", clean, watched, both_ways=True)
     dead = ((gradient == 0) | ~gradient.isfinite()).float().mean()
     add("under 5% of the input gradients are zero or not finite", dead < 0.05, f"{100 * dead:.1f}%")
@@ -138,7 +128,8 @@ def audit(defense, images, labels, eps, steps, eot, draws, max_batch, others=(),
     fgsm = dict(steps=1, step_size=eps, random_start=False, eot=1)
     compare("FGSM is no stronger than PGD", base, score(attacked(**fgsm)))
     compare("twice the steps change nothing", base, score(attacked(steps=2 * steps)))
-    compare("twice the EOT draws change nothing", base, score(attacked(eot=2 * eot)))
+    if random:
+        compare("twice the EOT draws change nothing", base, score(attacked(eot=2 * eot)))
     compare("the margin loss is no stronger", base, score(attacked(loss="margin")))
     if hasattr(defense, "classifier"):
         compare("gray-box is no stronger than white-box", base,
@@ -163,7 +154,7 @@ def audit(defense, images, labels, eps, steps, eot, draws, max_batch, others=(),
     add("robust accuracy falls with eps, to under 5%", falls and larger[-1].mean() < 0.05,
         ", ".join(f"{100 * result.mean():.1f}" for result in larger))
 
-    if not hasattr(defense, "votes"):
+    if not random or not hasattr(defense, "votes"):
         return checks
     # one shot, ten tries, ten votes
     voting = changed(defense, votes=10)
@@ -172,7 +163,8 @@ def audit(defense, images, labels, eps, steps, eot, draws, max_batch, others=(),
     for name, model, x in [("clean", defense, images), ("attacked", defense, first),
                            ("clean, 10 votes", voting, images),
                            ("attacked, 10 votes", voting, against_votes)]:
-        hits = torch.stack([score_once(model, x, labels, max_batch) for _ in range(10)])
+        hits = torch.stack([in_batches(lambda a, b: accuracy(model, a, b), x, labels, max_batch)
+                            for _ in range(10)])
         shots[name] = hits.mean(0)
         spread, always = hits.mean(1).std(), hits.amin(0).mean()
         shots[name + " in words"] = (f"{name} {100 * hits.mean():.1f} ± {100 * spread:.1f} / "
@@ -183,49 +175,44 @@ def audit(defense, images, labels, eps, steps, eot, draws, max_batch, others=(),
     return checks
 
 
-def score_once(model, images, labels, max_batch):
-    """1 where one draw of the model is right, else 0: [B]."""
-    return in_batches(lambda a, b: accuracy(model, a, b, 1), images, labels, max_batch)
-
-
 # ------------------------------------------------------------------------------------ the script
 
-def arguments():
-    parser = cli.stage_parser(__doc__)
-    weights.evaluation_flags(parser, images=120)
-    add = parser.add_argument
-    add("--eps", type=cli.linf_eps, help="radius in L∞, in [0, 1] units; default 16/255 (color 4/255)")
+def print_check(name, figures, holds):
+    """A line for one check, as soon as it is done."""
+    print(f"{'holds     ' if holds else 'SUSPICIOUS'}  {name}: {figures}", flush=True)
+
+
+def arguments(argv=None):
+    parser = cli.stage_parser("python -m studies.audit", __doc__)
+    tested.evaluation_flags(parser, images=120)
+    add = parser.add_argument_group("the attack").add_argument
+    add("--eps", type=cli.eps, help="radius in L∞, in [0, 1] units; default 16/255 (color 4/255)")
     add("--steps", type=cli.count, default=20, help="of PGD, default 20")
     add("--eot", type=cli.count, default=8, help="draws in each gradient, default 8")
     add("--draws", type=cli.count, default=5, help="fresh draws that score the defense, default 5")
-    args = cli.parse(parser)
+    args = cli.parse(parser, argv)
     if args.images < FEWEST_IMAGES:
         raise UserError(f"{args.images} images say nothing: a difference counts from 9 images on, give "
                         f"--images {FEWEST_IMAGES} or more")
     return args
 
 
-def main():
-    args = arguments()
+def main(argv=None):
+    args = arguments(argv)
     device = cli.open_device(args.device)
-    cli.one_process("the audit")
-    tested = weights.load_defenses(args, device)
-    audited = tested[-1]
-    others = [one for one in tested if one.defense is None and one is not audited]
-    batches, _ = weights.load_test_images(args, tested, device)
-    images, labels = (torch.cat(values) for values in zip(*batches))
+    entries = tested.load_entries(args, device)
+    audited = entries[-1]
+    others = [entry for entry in entries if entry.defense is None and entry is not audited]
+    images, labels, _ = tested.load_test_images(args, entries, device)
+    images = data.as_floats(images)
     eps = audited.checkpoint["data"]["eps"] if args.eps is None else args.eps
-    training.seed_epoch(args.seed, 0)
-    progress = cli.Progress()
-    print(f"audit of {audited.words} ({audited.run}): {len(images)} {args.split} images of {args.data}, eps "
-          f"{255 * eps:g}/255, {args.steps} steps, EOT {args.eot}, seed {args.seed}; transfer from "
-          f"{', '.join(one.run for one in others) or 'nothing'}; accuracy in %\n")
+    cli.seed_everything(args.seed)
+    print(f"audit of {audited.name} ({audited.folder}): {len(images)} {args.split} images of {args.data}, "
+          f"eps {255 * eps:g}/255, {args.steps} steps, EOT {args.eot}, seed {args.seed}; transfer from "
+          f"{', '.join(entry.folder for entry in others) or 'nothing'}; accuracy in %\n", flush=True)
     with cli.autocast(args.bf16, device):
-        checks = audit(audited.model, images, labels, eps, args.steps, args.eot, args.draws,
-                       args.max_batch, [one.model for one in others], progress.show)
-    progress.clear()
-    for name, figures, holds in checks:
-        print(f"{'holds     ' if holds else 'SUSPICIOUS'}  {name}: {figures}")
+        checks = audit(audited.model, images, labels, eps, args.steps, args.eot, args.draws, args.max_batch,
+                       [entry.model for entry in others], print_check)
     sys.exit(0 if all(holds for _, _, holds in checks) else 1)
 
 

@@ -7,19 +7,19 @@
 Version "standard" for what is deterministic, "rand" (APGD with EOT 20) for what is random. Two figures:
 AutoAttack's own count, in which an image of a random defense is lost with the first wrong draw, and
 robust accuracy on fresh draws of the images that it hands back. Beside them stands our PGD on the same
-images. pyautoattack packages the authors' code, with 100 steps for each attack.
+images. pyautoattack packages the authors' code, with 100 steps for each attack; one of its attacks
+(DLR) needs four classes.
 """
 
 import tempfile
 import time
 from pathlib import Path
 
-import torch
 from torch import nn
 
-from attack import accuracy, is_random, pgd
+from attack import accuracy, in_batches, in_units, needs_eot, pgd
 from model import UserError
-from support import cli, data, report, run, training, weights
+from support import cli, data, report, run, tested
 
 DRAWS = 10  # fresh draws that score a random defense
 CODE = ("model.py", "attack.py", "studies/autoattack.py")  # what decides the numbers
@@ -38,59 +38,78 @@ class InPrecision(nn.Module):
         return logits.float()
 
 
-def arguments():
-    parser = cli.stage_parser(__doc__)
-    weights.evaluation_flags(parser, images=100)
-    add = parser.add_argument
-    add("--eps", type=cli.linf_eps, help="radius in L∞, in [0, 1] units; default 16/255 (color 4/255)")
+def arguments(argv=None):
+    parser = cli.stage_parser("python -m studies.autoattack", __doc__)
+    tested.evaluation_flags(parser, images=100)
+    add = parser.add_argument_group("the attack").add_argument
+    add("--eps", type=cli.eps, help="radius; in L∞ default 16/255 (color 4/255), in L2 without default")
+    add("--norm", choices=["linf", "l2"], default="linf", help="default linf")
     add("--version", choices=["standard", "rand"], help="default: rand for what is random")
     add("--steps", type=cli.count, default=20, help="of our PGD, default 20")
     add("--eot", type=cli.count, default=8, help="draws in each gradient of our PGD, default 8")
-    return cli.parse(parser)
+    args = cli.parse(parser, argv)
+    if args.norm == "l2" and args.eps is None:
+        raise UserError("--norm l2 needs --eps, a length over all pixels: 0.5 or 1, say")
+    return args
 
 
-def main():
-    args = arguments()
+def auto_attack(model, images, labels, args, eps, version, device):
+    """(the images that AutoAttack hands back; for each whether it stayed right, by its own count)."""
+    from pyautoattack import AutoAttack
+    from pyautoattack.state import EvaluationState
+    norm = {"linf": "Linf", "l2": "L2"}[args.norm]
+    attack = AutoAttack(model, norm=norm, eps=eps, version=version, seed=args.seed, device=device)
+    with tempfile.TemporaryDirectory() as folder:
+        state_path = Path(folder, "state")
+        adversarial, _ = attack.run_standard_evaluation(images, labels, batch_size=args.max_batch,
+                                                        state_path=state_path)
+        return adversarial, EvaluationState.from_disk(state_path).robust_flags
+
+
+def main(argv=None):
+    args = arguments(argv)
     device = cli.open_device(args.device)
-    cli.one_process("AutoAttack")
     try:
-        from pyautoattack import AutoAttack
-        from pyautoattack.state import EvaluationState
+        import pyautoattack  # noqa: F401
     except ImportError:
         raise UserError("this study needs its authors' code: pip install pyautoattack") from None
-    tested = weights.load_defenses(args, device)
-    batches, images_in_all = weights.load_test_images(args, tested, device)
-    images, labels = (torch.cat(values) for values in zip(*batches))
-    table = report.open_table(args.out / "autoattack.csv")
-    for one in tested:
-        eps = one.checkpoint["data"]["eps"] if args.eps is None else args.eps
-        model = InPrecision(one.model, args.bf16, device).eval()
-        random = is_random(model, images[:8])
+    entries = tested.load_entries(args, device)
+    images, labels, classes = tested.load_test_images(args, entries, device)
+    images = data.as_floats(images)
+    if len(classes) < 4:
+        raise UserError(f"AutoAttack's DLR loss needs four classes, and {args.data} has {len(classes)}: use "
+                        "attack.py")
+    table = args.out / "autoattack.csv"
+    for entry in entries:
+        eps = entry.checkpoint["data"]["eps"] if args.eps is None else args.eps
+        model = InPrecision(entry.model, args.bf16, device).eval()
+        random = needs_eot(entry.model, images[:8])
         version = args.version or ("rand" if random else "standard")
         draws = DRAWS if random else 1
-        training.seed_epoch(args.seed, 0)
-        ours = pgd(model, images, labels, eps, args.steps, eot=args.eot if random else 1,
-                   early_stop=not random)
-        of_pgd = 100 * accuracy(model, ours, labels, draws).mean().item()
+
+        def score(adversarial):
+            return 100 * in_batches(lambda x, y: accuracy(model, x, y, draws), adversarial, labels,
+                                    args.max_batch).mean().item()
+
+        def our_pgd(x, y):
+            return pgd(model, x, y, eps, args.steps, norm=args.norm, eot=args.eot if random else 1,
+                       early_stop=not random)
+        cli.seed_everything(args.seed)
+        of_pgd = score(in_batches(our_pgd, images, labels, args.max_batch))
         started = time.perf_counter()
-        attack = AutoAttack(model, eps=eps, version=version, seed=args.seed, device=device)
-        with tempfile.TemporaryDirectory() as folder:
-            state_path = Path(folder, "state")
-            adversarial, _ = attack.run_standard_evaluation(images, labels, batch_size=args.max_batch,
-                                                            state_path=state_path)
-            not_broken = EvaluationState.from_disk(state_path).robust_flags
+        adversarial, not_broken = auto_attack(model, images, labels, args, eps, version, device)
         seconds = time.perf_counter() - started
-        fresh = 100 * accuracy(model, adversarial, labels, draws).mean().item()
-        counted = 100 * not_broken.float().mean().item()
+        fresh, counted = score(adversarial), 100 * not_broken.float().mean().item()
         report.append_row(table, dict(
-            defense=one.words, run=one.run, level=one.level, version=version, eps=f"{eps:.6g}",
-            data=args.data, split=args.split, images=images_in_all, pixels=data.digest(images, labels),
-            seed=args.seed, draws=draws, autoattack_on_fresh_draws=f"{fresh:.2f}",
+            defense=entry.name, run=entry.folder, level=entry.level, version=version, norm=args.norm,
+            eps=f"{eps:.6g}", data=args.data, split=args.split, images=len(images),
+            pixels=data.digest(images, labels), attack_seed=args.seed, draws=draws, autoattack_on_fresh_draws=f"{fresh:.2f}",
             autoattack_own_count=f"{counted:.2f}", pgd=f"{of_pgd:.2f}", steps=args.steps, eot=args.eot,
-            seconds=f"{seconds:.1f}", **run.origin_of_row(one.model, CODE)))
-        print(f"{one.words}: {images_in_all} {args.split} images, {255 * eps:.4g}/255: AutoAttack {version} "
-              f"leaves {fresh:.1f}% on fresh draws, {counted:.1f}% by its own count; PGD-{args.steps} "
-              f"{of_pgd:.1f}%; {cli.minutes(seconds)} minutes", flush=True)
+            seconds=f"{seconds:.1f}", weights=run.fingerprint(entry.model), code=run.digest_of_files(CODE),
+            commit=run.commit()))
+        print(f"{entry.name}: {len(images)} {args.split} images, {args.norm} {in_units(eps, args.norm)}: "
+              f"AutoAttack {version} leaves {fresh:.1f}% on fresh draws, {counted:.1f}% by its own count; "
+              f"PGD-{args.steps} {of_pgd:.1f}%; {cli.minutes(seconds)} minutes", flush=True)
     print(f"wrote {table}")
 
 

@@ -1,4 +1,4 @@
-"""Randomized smoothing (Cohen et al. 2019) of De³: a radius in L2 that no attack whatever can cross.
+"""Randomized smoothing (Cohen et al. 2019) of De³: an L2 radius within which no attack changes the vote.
 
     python -m studies.certify --sigma 50 200            the default De³, on all test images
     python -m studies.certify RUN --sigma 64 --images 200
@@ -11,16 +11,16 @@ folder in which the first run lies.
 
 import copy
 import math
-from pathlib import Path
 from statistics import NormalDist
 
 import torch
 
+from attack import in_batches
 from model import De3, UserError
-from support import cli, data, report, run, training, weights
+from support import cli, data, report, run, tested
 
 ALPHA = 0.001  # probability that the bound is wrong
-CODE = ("model.py", "support/training.py", "studies/certify.py")  # what decides the numbers
+CODE = ("model.py", "studies/certify.py")  # what decides the numbers
 CORNERS = (8, 16)  # of L∞ balls of these eps (x 255), shown beside the radii
 
 
@@ -45,14 +45,22 @@ def lower_bound(hits, draws, alpha=ALPHA):
     return low
 
 
-def adds_gaussian_noise(defense, images):
-    """Whether a De³ at fixed sigma adds ε·σ/255, ε ~ N(0, I), and nothing else to these images."""
-    with torch.random.fork_rng():
+def draws_gaussian_noise_once(defense, image):
+    """Whether a De³ at fixed sigma turns image [3, H, W] into image + ε·σ/255, one ε ~ N(0, I), and no other.
+
+    What it makes of the image is compared with what it makes of this ε when it is given: a defense that
+    draws again, in rounds or elsewhere, or adds something else, differs.
+    """
+    with torch.no_grad(), torch.random.fork_rng():
         torch.manual_seed(0)
-        sigma = defense.sigma.draw(len(images), images.device).view(-1, 1, 1, 1)
-        expected = images + torch.randn_like(images) * sigma / 255
+        drawn = defense.purify(image[None])
         torch.manual_seed(0)
-        return torch.allclose(defense.add_noise(images), expected, atol=1e-5)
+        defense.sigma.draw(1, image.device)
+        given = copy.copy(defense)
+        given.noise = torch.randn_like(image[None])[0]
+        noisy = image + given.noise * defense.sigma.fixed / 255
+        added = torch.allclose(given.add_noise(image[None])[0], noisy, atol=1e-5)
+        return added and torch.allclose(drawn, given.purify(image[None]), rtol=1e-3, atol=1e-4)
 
 
 def sees_the_noisy_image_alone(defense, images):
@@ -82,10 +90,10 @@ def check_certifiable(defense, image):
     fixed = isinstance(defense, De3) and defense.sigma.fixed
     if not fixed or not defense.is_random:
         raise UserError("a certificate needs Gaussian noise: De³ or noise only at one --sigma above 0")
-    if not adds_gaussian_noise(defense, image.expand(4, -1, -1, -1)):
-        raise UserError("no certificate: add_noise in model.py does not add the Gaussian ε·σ/255 that the "
-                        "theorem is about")
-    if defense.autoencoder is not None and defense.autoencoder.norm_pix:
+    if not draws_gaussian_noise_once(defense, image):
+        raise UserError(f"no certificate: {defense.title} does not add one Gaussian ε·σ/255 to the image, "
+                        "which the theorem is about")
+    if getattr(defense.autoencoder, "norm_pix", False):
         raise UserError("no certificate with norm_pix: it carries patch statistics of the image around "
                         "the noise")
     if defense.votes != 1:
@@ -110,28 +118,14 @@ def certify(defense, image, n0, n, max_batch):
     """For one image [3, H, W]: (class, or None to abstain; hits; L2 radius in [0, 1] units).
 
     It holds, with 99.9% confidence, for the class that De³ gives most often over its noise, not for
-    one draw. Raises UserError where the theorem does not apply.
+    one draw, and where `check_certifiable` finds nothing.
     """
-    check_certifiable(defense, image)
     label = count_classes(defense, image, n0, max_batch).argmax().item()  # guessed from draws of its own
     hits = count_classes(defense, image, n, max_batch)[label].item()
     p = lower_bound(hits, n)
     if p <= 0.5:
         return None, hits, 0.0
     return label, hits, defense.sigma.fixed / 255 * NormalDist().inv_cdf(p)
-
-
-def certify_images(defense, single_images, n0, n, max_batch, show, keep):
-    """A list of dicts, one for each batch of one image; keep(row) is called with each as it is there."""
-    rows = []
-    for number, (images, label) in enumerate(single_images):
-        predicted, hits, radius = certify(defense, images[0], n0, n, max_batch)
-        rows.append(dict(image=number, label=int(label), predicted=predicted, hits=hits, draws=n,
-                         l2_radius=radius))
-        keep(rows[-1])
-        show(f"σ = {defense.sigma}: image {number + 1} of {len(single_images)}",
-             (number + 1) / len(single_images))
-    return rows
 
 
 def print_table(rows, defense, n, image_shape):
@@ -154,44 +148,49 @@ def in_text(row):
     return {**row, "predicted": predicted, "l2_radius": f"{row['l2_radius']:.6f}"}
 
 
-def arguments():
-    parser = cli.stage_parser(__doc__)
-    weights.evaluation_flags(parser, images=1000)
-    parser.add_argument("--n0", type=cli.count, default=100,
-                        help="draws that guess the class, default 100")
-    parser.add_argument("--n", type=cli.number(int, 10), default=1000,  # fewer bound nothing above 1/2
-                        help="draws that bound its probability, at least 10, default 1000")
-    parser.set_defaults(runs=[Path("runs/digits/de3")])  # an undefended run has no certificate
-    return cli.parse(parser)
+def arguments(argv=None):
+    parser = cli.stage_parser("python -m studies.certify", __doc__)
+    tested.evaluation_flags(parser, images=1000, runs=["runs/digits/de3"])  # an undefended run has none
+    parser.add_argument("--n0", type=cli.count, default=100, help="draws that guess the class, default 100")
+    parser.add_argument("--n", type=cli.count, default=1000, help="draws that bound its probability, default "
+                        "1000")
+    args = cli.parse(parser, argv)
+    if lower_bound(args.n, args.n) <= 0.5:
+        raise UserError(f"--n {args.n} draws bound nothing above 1/2, give 10 or more")
+    return args
 
 
-def main():
-    args = arguments()
+def main(argv=None):
+    args = arguments(argv)
     device = cli.open_device(args.device)
-    cli.one_process("the certificate")
-    tested = weights.load_defenses(args, device)
-    if "sigma" not in args.given:  # of the defaults those that can be certified
-        tested = [one for one in tested if getattr(one.defense, "is_random", False)] or tested
-    batches, images_in_all = weights.load_test_images(args, tested, device)
-    first_image = next(iter(batches))[0][0]
-    for one in tested:
+    entries = tested.load_entries(args, device)
+    if not args.sigma:  # of the defaults those that can be certified
+        entries = [entry for entry in entries if getattr(entry.defense, "is_random", False)] or entries
+    images, labels, _ = tested.load_test_images(args, entries, device)
+    for entry in entries:
         with cli.autocast(args.bf16, device):
-            check_certifiable(one.defense, first_image)
-    table = report.open_table(args.out / "certify.csv")
-    pixels, progress = data.digest_of(batches), cli.Progress()
-    for one in tested:
-        origin = dict(run=one.run, defense=one.words, level=one.level, n0=args.n0, data=args.data,
-                      split=args.split, images=images_in_all, pixels=pixels, seed=args.seed,
-                      precision="bf16" if args.bf16 else "fp32", **run.origin_of_row(one.defense, CODE))
-        training.seed_epoch(args.seed, 0)
-        single_images = data.Loader(batches.images, 1, device=device)
+            check_certifiable(entry.defense, data.as_floats(images[0]))
+    table, pixels, progress = args.out / "certify.csv", data.digest(images, labels), cli.Progress()
+    for entry in entries:
+        origin = dict(run=entry.folder, defense=entry.name, level=entry.level, n0=args.n0, data=args.data,
+                      split=args.split, images=len(images), pixels=pixels, attack_seed=args.seed,
+                      precision="bf16" if args.bf16 else "fp32", weights=run.fingerprint(entry.defense),
+                      code=run.digest_of_files(CODE), commit=run.commit())
+        rows = []
+
+        def certify_one(x, y):
+            predicted, hits, radius = certify(entry.defense, x[0], args.n0, args.n, args.max_batch)
+            rows.append(dict(image=len(rows), label=y.item(), predicted=predicted, hits=hits, draws=args.n,
+                             l2_radius=radius))
+            report.append_row(table, {**origin, **in_text(rows[-1])})
+            return torch.tensor([radius])
+        cli.seed_everything(args.seed)
         with cli.autocast(args.bf16, device):
-            rows = certify_images(one.defense, single_images, args.n0, args.n, args.max_batch, progress.show,
-                                  lambda row: report.append_row(table, {**origin, **in_text(row)}))
+            in_batches(certify_one, images, labels, 1, lambda done: progress.show(entry.name, done))
         progress.clear()
-        print(f"{one.words}: {images_in_all} {args.split} images, class from {args.n0} draws, bound from "
+        print(f"{entry.name}: {len(images)} {args.split} images, class from {args.n0} draws, bound from "
               f"{args.n}, 99.9% confidence, seed {args.seed}\n")
-        print_table(rows, one.defense, args.n, batches.images[0][0].shape)
+        print_table(rows, entry.defense, args.n, images[0].shape)
     print(f"wrote {table}")
 
 

@@ -21,7 +21,6 @@ Clean and gray-box accuracy are read on all images, and so is everything where n
 other readings of a random defense on color on every fourth of these images.
 """
 
-import argparse
 import copy
 import time
 from pathlib import Path
@@ -29,99 +28,94 @@ from statistics import mean, stdev
 
 import torch
 
-from attack import accuracy, is_random, pgd
+from attack import accuracy, in_batches, needs_eot, pgd
 from model import UserError
-from studies.certify import adds_gaussian_noise
+from studies.certify import draws_gaussian_noise_once
 from studies.tables import TABLES, choose, folder_of, missing_commands, say_other_recipe
-from support import cli, data, report, run, training, weights
+from support import cli, data, report, run, tested
 
 TRIES, KNOWN_NOISES = 10, 3
 COLUMN = 17  # width of a column of the printed table
-CODE = ("model.py", "attack.py", "support/training.py", "studies/compare.py")  # what decides a cell
+CODE = ("model.py", "attack.py", "studies/compare.py")  # what decides a cell
 MEASURED = ("clean", "gray_box", "no_eot", "one_shot", "ten_tries", "noise_known", "l2", "l2_twice",
             "clean_ten_tries", "clean_noise_known")
 
 
 # -------------------------------------------------------------------------------- the readings
 
-def tries(model, images, labels, random):
-    """Ten draws of a defense (one where nothing is random): 1 where it is right, [draws, B]."""
-    return torch.stack([accuracy(model, images, labels, 1) for _ in range(TRIES if random else 1)])
+def tries(model, images, labels, batch, random):
+    """Ten draws of a defense (one where nothing is random) on each image: 1 where it is right, [draws, N]."""
+    draws = [in_batches(lambda x, y: accuracy(model, x, y), images, labels, batch)
+             for _ in range(TRIES if random else 1)]
+    return torch.stack(draws)
 
 
-def takes_known_noise(defense, images):
-    """Whether a random defense uses the noise ε·σ/255 that it is given, and draws none besides."""
-    fixed = copy.copy(defense)
+def takes_known_noise(model, images):
+    """Whether a random defense adds the noise ε·σ/255 that it is given, once, and draws none besides.
+
+    images: a few, at least one.
+    """
+    if not hasattr(model, "noise") or getattr(model.sigma, "fixed", None) is None:
+        return False
+    fixed = copy.copy(model)
     fixed.noise = torch.randn_like(images[0])
-    return not is_random(fixed, images) and adds_gaussian_noise(defense, images)
+    return not needs_eot(fixed, images) and draws_gaussian_noise_once(model, images[0])
 
 
-def with_known_noise(defense, images, labels, eps, steps):
-    """(clean, robust) accuracy of each image where the attacker knows the noise: the mean of 3."""
-    clean, robust = [], []
-    for _ in range(KNOWN_NOISES):
-        fixed = copy.copy(defense)
-        fixed.noise = torch.randn_like(images[0])
-        adversarial = pgd(fixed, images, labels, eps, 2 * steps, early_stop=True)
-        clean.append(accuracy(fixed, images, labels, 1))
-        robust.append(accuracy(fixed, adversarial, labels, 1))
-    return torch.stack(clean).mean(0), torch.stack(robust).mean(0)
-
-
-def measure(model, batches, eps, l2, steps, eot, seed, every=1, show=lambda text: None):
+def measure(model, images, labels, eps, l2, steps, eot, seed, batch, every=1, show=lambda text: None):
     """Every reading of one defense, any model from [0, 1] images to logits: {column: percent}.
 
-    Where the defense is random, what takes many draws is read on every so many images only. "noise
-    known" is left out where a defense takes no noise that it is given; a note says so if it has one.
+    batch: images that are attacked together. Where the defense is random, what takes many draws is read on
+    every so many images only. "noise known" is left out where a defense takes no noise that it is given; a
+    note says so if it has one.
     """
-    first_images, _ = next(iter(batches))
-    random = is_random(model, first_images)
-    has_noise = random and hasattr(model, "noise")
-    knows_noise = has_noise and takes_known_noise(model, first_images)
-    if has_noise and not knows_noise:
-        print(f"note: {model.title} does not add the noise ε·σ/255 that it is given: noise known is left out "
-              "(with_known_noise in studies/compare.py would have to be changed with it)")
-    every = every if random else 1
+    few = data.as_floats(images[:batch])
+    random = needs_eot(model, few)
+    knows_noise = random and takes_known_noise(model, few)
+    if random and hasattr(model, "noise") and not knows_noise:
+        print(f"note: {model.title} does not add one noise ε·σ/255 that it is given, and nothing else: noise "
+              "known is left out")
     draws = eot if random else 1
     settings = dict(steps=steps, early_stop=not random)
-    found = {}  # for each column the accuracy of each image, batch by batch
-    seen = 0  # images of the batches before
+    some, some_labels = images[::every if random else 1], labels[::every if random else 1]
+    result = {}
 
-    def add(name, values):
-        found.setdefault(name, []).append(values)
-    for number, (all_images, all_labels) in enumerate(batches):
-        training.seed_epoch(seed, number)
-        hits = tries(model, all_images, all_labels, random)
-        add("clean", hits.mean(0))
-        add("clean_ten_tries", hits.amin(0))
-        if hasattr(model, "classifier"):
-            show("gray-box PGD")
-            adversarial = pgd(model.classifier, all_images, all_labels, eps, steps)
-            add("gray_box", tries(model, adversarial, all_labels, random).mean(0))
-        first = -seen % every
-        images, labels = all_images[first::every], all_labels[first::every]
-        seen += len(all_images)
-        if not len(images):
-            continue
-        show("PGD with EOT")
-        hits = tries(model, pgd(model, images, labels, eps, eot=draws, **settings), labels, random)
-        add("one_shot", hits.mean(0))
-        add("ten_tries", hits.amin(0))
-        if random:
-            show("PGD without EOT")
-            without_eot = pgd(model, images, labels, eps, **settings)
-            add("no_eot", tries(model, without_eot, labels, random).mean(0))
-        for name, radius in (("l2", l2), ("l2_twice", 2 * l2)):
-            if radius:
-                show(f"PGD in L2, radius {radius:g}")
-                adversarial = pgd(model, images, labels, radius, norm="l2", eot=draws, **settings)
-                add(name, tries(model, adversarial, labels, random).mean(0))
-        if knows_noise:
-            show("PGD that knows the noise")
-            clean, robust = with_known_noise(model, images, labels, eps, steps)
-            add("clean_noise_known", clean)
-            add("noise_known", robust)
-    result = {name: 100 * torch.cat(values).mean().item() for name, values in found.items()}
+    def attacked(x, y, attacked_model=model, radius=eps, **more):
+        """Adversarial images for all of x: PGD in batches."""
+        return in_batches(lambda a, b: pgd(attacked_model, a, b, radius, **{**settings, **more}), x, y, batch)
+
+    def read(name, x, y, tries_name=None):
+        """Measure how many of these images are right on fresh draws; also in all of ten tries."""
+        hits = tries(model, x, y, batch, random)
+        result[name] = 100 * hits.mean().item()
+        if tries_name:
+            result[tries_name] = 100 * hits.amin(0).mean().item()
+    cli.seed_everything(seed)
+    read("clean", images, labels, "clean_ten_tries")
+    if hasattr(model, "classifier"):
+        show("gray-box PGD")
+        adversarial = attacked(images, labels, model.classifier, early_stop=False)
+        read("gray_box", adversarial, labels)
+    show("PGD with EOT")
+    read("one_shot", attacked(some, some_labels, eot=draws), some_labels, "ten_tries")
+    if random:
+        show("PGD without EOT")
+        read("no_eot", attacked(some, some_labels), some_labels)
+    for name, radius in (("l2", l2), ("l2_twice", 2 * l2)):
+        if radius:
+            show(f"PGD in L2, radius {radius:g}")
+            read(name, attacked(some, some_labels, radius=radius, norm="l2", eot=draws), some_labels)
+    if knows_noise:
+        show("PGD that knows the noise")
+        clean, robust = [], []
+        for _ in range(KNOWN_NOISES):
+            fixed = copy.copy(model)
+            fixed.noise = torch.randn_like(few[0])
+            adversarial = attacked(some, some_labels, fixed, steps=2 * steps, early_stop=True)
+            clean.append(tries(fixed, some, some_labels, batch, random=False))
+            robust.append(tries(fixed, adversarial, some_labels, batch, random=False))
+        result["clean_noise_known"] = 100 * torch.stack(clean).mean().item()
+        result["noise_known"] = 100 * torch.stack(robust).mean().item()
     if not random:  # one reading: nothing is drawn
         result.update(no_eot=result["one_shot"], noise_known=result["one_shot"],
                       clean_noise_known=result["clean"])
@@ -166,96 +160,93 @@ def same_cell(measured, row):
     return None
 
 
-def arguments():
-    parser = cli.stage_parser(__doc__)
+def arguments(argv=None):
+    parser = cli.stage_parser("python -m studies.compare", __doc__)
     add = parser.add_argument
     add("table", nargs="?", choices=TABLES, default="digits", help="default digits")
     add("--data", type=data.dataset_name, help="of the color table: FOLDER, or cifar10 (default)")
-    add("--at", type=Path, help="where the runs lie; default runs/<data>, other seeds in seed<N>/ there")
+    add("--at", type=cli.folder, help="where the runs lie; default runs/<data>, other seeds in seed<N>/ "
+        "there")
     add("--only", nargs="+", metavar="NAME", help="only these rows of the table")
-    add("--seeds", nargs="+", type=cli.number(int), default=[0], help="of the trainings, default 0")
-    add("--split", choices=data.SPLITS, default="test", help="default test")
-    add("--images", type=cli.count, help="how many, evenly spread; default 100 (color 1,200)")
+    add("--seeds", nargs="+", type=int, default=[0], help="of the trainings, default 0")
+    add("--split", choices=data.SPLITS, help="default test; val for a FOLDER without test/")
+    add("--images", type=cli.count, help="how many; default 100 (color 1,200)")
     add("--every", type=cli.count, metavar="N", help="of a random defense, read what takes many draws on "
         "every Nth of these images; default 1 (color 4)")
-    add("--eps", type=cli.linf_eps, help="radius in L∞, default 16/255 (color 4/255)")
-    add("--l2", type=cli.number(float), help="radius in L2, 0: none; default: as the table says")
+    add("--eps", type=cli.eps, help="radius in L∞, default 16/255 (color 4/255)")
+    add("--l2", type=float, help="radius in L2, 0: none; default: as the table says")
     add("--steps", type=cli.count, default=20, help="of PGD, default 20")
     add("--eot", type=cli.count, default=8, help="draws in each gradient, default 8")
-    add("--seed", type=cli.number(int), default=0, help="of the noise and the attack, default 0")
-    args = cli.parse(parser)
+    add("--seed", type=int, default=0, help="of the noise and the attack, default 0")
+    args = cli.parse(parser, argv)
+    table = TABLES[args.table]
     args.data = args.data or ("digits" if args.table == "digits" else "cifar10")
-    args.at = args.at or Path("runs", Path(args.data).name)
-    args.max_batch = args.max_batch or 256
+    args.at = args.at or Path("runs", data.short_name(args.data))
+    args.images, args.every = args.images or table.images, args.every or table.every
+    args.l2 = table.l2 if args.l2 is None else args.l2
+    args.max_batch = args.max_batch or 120
     return args
 
 
 def load_entry(entry, table, at, seed, device):
-    """What one entry is tested as: a list of weights.Tested; UserError for a run of another seed."""
+    """What a line of the table is tested as: a list of tested.Entry; UserError for a run of another seed."""
     here = folder_of(at, seed)
-    flags = argparse.Namespace(autoencoder=here / entry.in_front if entry.in_front else None)
-    classifier, checkpoint, autoencoder, pretraining = weights.load_run(here / entry.run, flags, device)
+    in_front = here / entry.in_front if entry.in_front else None
+    classifier, checkpoint, autoencoder, pretraining = tested.load_run(here / entry.run, in_front, device)
     trained_with = checkpoint["settings"]["seed"]
     if trained_with != seed:
-        raise UserError(f"{here / entry.run} was trained with seed {trained_with}, and stands where seed {seed} "
-                        "is looked for: move it, or train that seed")
+        raise UserError(f"{here / entry.run} was trained with seed {trained_with}, and stands where seed "
+                        f"{seed} is looked for: move it, or train that seed")
     say_other_recipe(entry, table, here / entry.run, checkpoint, pretraining)
-    chosen = [pair for text in entry.defenses for pair in weights.parse_defense(text, ())]
-    return weights.put_in_front(here / entry.run, classifier, checkpoint, autoencoder, chosen)
+    chosen = [pair for text in entry.defenses for pair in tested.parse_defense(text, ())]
+    return [tested.put_in_front(here / entry.run, classifier, checkpoint, autoencoder, pretraining, *pair)
+            for pair in chosen]
 
 
-def main():
-    args = arguments()
+def main(argv=None):
+    args = arguments(argv)
     device = cli.open_device(args.device)
-    cli.one_process("the comparison")
+    run.note_imported_code()
     table = TABLES[args.table]
     chosen = choose(table, args.only)
     missing = missing_commands(table, chosen, args.at, args.seeds, args.data)
     if missing:
         raise UserError("runs are missing; make them with: " + " && ".join(missing))
-    args.images = args.images or table.images
-    every = args.every or table.every
-    l2 = table.l2 if args.l2 is None else args.l2
-    path, rows, progress = report.open_table(args.at / "compare.csv"), [], cli.Progress()
-    measured = report.read_table(path, MEASURED)
-    batches, eps = None, args.eps
-    for entry in chosen:
-        for seed in args.seeds:
-            for one in load_entry(entry, table, args.at, seed, device):
-                if batches is None:
-                    batches, images_in_all = weights.load_test_images(args, [one], device)
-                    pixels = data.digest_of(batches)
-                else:
-                    weights.say_other_data(one.run, one.checkpoint, args.data)
-                if one.checkpoint["classes"] not in (None, batches.classes):
-                    raise UserError(f"{one.run} numbers the classes differently: compare it apart")
-                eps = one.checkpoint["data"]["eps"] if eps is None else eps
-                row = dict(
-                    defense=entry.name, level=one.level, seed=seed, run=one.run, data=args.data,
-                    split=args.split, images=images_in_all, every=every, pixels=pixels, norm="linf",
-                    eps=f"{eps:.6g}", l2_radius=f"{l2:g}", steps=args.steps, eot=args.eot,
-                    attack_seed=args.seed, precision="bf16" if args.bf16 else "fp32", **run.origin_of_row(one.model, CODE))
-                row = {name: str(value) for name, value in row.items()}
-                key = {name: value for name, value in row.items() if name not in ("data", "commit")}
-                old = same_cell(measured, key)
-                if old:
-                    rows.append({**old, "defense": entry.name})
-                    continue
-                started, words = time.perf_counter(), f"{entry.name}, {one.level}, seed {seed}"
-                with cli.autocast(args.bf16, device):
-                    found = measure(one.model, batches, eps, l2, args.steps, args.eot, args.seed,
-                                    every, lambda text: progress.show(f"{words}: {text}"))
-                progress.clear()
-                row.update({name: f"{found[name]:.2f}" if name in found else "" for name in MEASURED})
-                row["seconds"] = f"{time.perf_counter() - started:.1f}"
-                rows.append(row)
-                measured.append(row)
-                report.append_row(path, row)
-                print(f"{words}: clean {row['clean']}, one shot {row['one_shot']}, {row['seconds']} s",
-                      flush=True)
-    fewer = f" (one in {every} where many draws are taken)" if every > 1 else ""
-    print_table(rows, f"{images_in_all} {args.split} images{fewer} of {args.data}, PGD of {args.steps} "
-                      f"steps at eps {255 * eps:g}/255, EOT {args.eot}, seeds {args.seeds}, L2 radius {l2:g}")
+    found = [(line, seed, entry) for line in chosen for seed in args.seeds
+             for entry in load_entry(line, table, args.at, seed, device)]
+    run.say_made_by_other_code({entry.folder: entry.checkpoint for _, _, entry in found})
+    images, labels, _ = tested.load_test_images(args, [entry for _, _, entry in found], device)
+    eps = found[0][2].checkpoint["data"]["eps"] if args.eps is None else args.eps
+    pixels, path, rows, progress = data.digest(images, labels), args.at / "compare.csv", [], cli.Progress()
+    measured = report.read_rows(path)
+    for number, (line, seed, entry) in enumerate(found):
+        row = dict(defense=line.name, level=entry.level, value=entry.value, seed=seed, run=entry.folder,
+                   data=args.data, split=args.split, images=len(images), every=args.every, pixels=pixels,
+                   norm="linf", eps=f"{eps:.6g}", l2_radius=f"{args.l2:g}", steps=args.steps, eot=args.eot,
+                   attack_seed=args.seed, precision="bf16" if args.bf16 else "fp32",
+                   weights=run.fingerprint(entry.model), code=run.digest_of_files(CODE), commit=run.commit())
+        row = {name: "" if value is None else str(value) for name, value in row.items()}
+        key = {name: value for name, value in row.items() if name not in ("data", "commit")}
+        old = same_cell(measured, key)
+        if old:
+            rows.append({**old, "defense": line.name})
+            continue
+        started, name = time.perf_counter(), f"{line.name}, {entry.level}, seed {seed}"
+        with cli.autocast(args.bf16, device):
+            readings = measure(entry.model, images, labels, eps, args.l2, args.steps, args.eot, args.seed,
+                               args.max_batch, args.every,
+                               lambda text: progress.show(f"{name}: {text}", (number + 0.5) / len(found)))
+        progress.clear()
+        row.update({column: f"{readings[column]:.2f}" if column in readings else "" for column in MEASURED})
+        row["seconds"] = f"{time.perf_counter() - started:.1f}"
+        rows.append(row)
+        measured.append(row)
+        report.append_row(path, row)
+        print(f"{name}: clean {row['clean']}, one shot {row['one_shot']}, {row['seconds']} s", flush=True)
+    fewer = f" (one in {args.every} where many draws are taken)" if args.every > 1 else ""
+    print_table(rows, f"{len(images)} {args.split} images{fewer} of {args.data}, PGD of {args.steps} "
+                      f"steps at eps {255 * eps:g}/255, EOT {args.eot}, seeds {args.seeds}, L2 radius "
+                      f"{args.l2:g}")
     print(f"\nwrote {path}")
 
 

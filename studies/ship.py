@@ -2,7 +2,8 @@
 
     python -m studies.ship runs/cifar10-jpeg/clean runs/cifar10-jpeg/de3 --out assets/cifar10
 
-A copy lacks the optimizer's state, so it cannot be trained further; a De³'s autoencoder goes with it.
+A copy lacks what --resume needs, so it cannot be trained further; a De³'s autoencoder goes with it. It
+carries no digests of the code that made it: it is part of this repository, whose commit says that.
 Whether half precision keeps the accuracy: attack.py on the runs and on the copies.
 """
 
@@ -18,47 +19,47 @@ from support import cli, data, run
 
 
 def without_folders(command):
-    """A command with the last name of each absolute path only: where it was run is nobody's business."""
+    """A command with the last name of each absolute path only: where it was run is private."""
     return shlex.join(re.sub("(^|=)/.*/", r"\1", word) for word in shlex.split(command))
 
 
 def halve(checkpoint, dataset):
-    """A finished run's checkpoint with weights in float16 and without what only --resume needs.
+    """A finished run's checkpoint with weights in float16, without what only --resume needs.
 
     dataset: what it says of its data, a name instead of a folder.
     """
-    halved = {name: value for name, value in checkpoint.items() if name != "optimizer"}
+    halved = {name: value for name, value in checkpoint.items() if name != "resume"}
     halved["model"] = {name: value.half() if value.is_floating_point() else value
                        for name, value in checkpoint["model"].items()}
     halved["data"] = {**checkpoint["data"], "name": dataset}
     halved["settings"] = {**checkpoint["settings"], "data": dataset}
     if halved["settings"].get("init"):
         halved["settings"]["init"] = Path(halved["settings"]["init"]).name
-    halved["made_by"] = [{**made, "command": without_folders(made["command"])}
+    halved["made_by"] = [{**made, "command": without_folders(made["command"]), "code": {}}
                          for made in checkpoint["made_by"]]
     if checkpoint.get("autoencoder"):
         halved["autoencoder"] = halve(checkpoint["autoencoder"], dataset)
     return halved
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__,
+def main(argv=None):
+    parser = argparse.ArgumentParser(prog="python -m studies.ship", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("runs", nargs="+", type=cli.run_path, metavar="RUN")
-    parser.add_argument("--out", type=Path, required=True, help="a folder, assets/cifar10")
-    args = parser.parse_args()
+    parser.add_argument("runs", nargs="+", type=cli.folder, metavar="RUN")
+    parser.add_argument("--out", type=cli.folder, required=True, help="a folder, as assets/cifar10")
+    args = cli.parse(parser, argv, machine=False)
     names = [folder.resolve().name for folder in args.runs]
     if len(set(names)) < len(names):
-        raise UserError("two of the runs' folders have the same name, and would be written over each other: ship "
-                        "them to two places")
+        raise UserError("two of the runs' folders have the same name, and would be written over each other: "
+                        "ship them to two places")
     for folder in args.runs:
-        checkpoint = run.read(folder)
-        run.load(folder, checkpoint["kind"])  # finished, and it fits
+        _, checkpoint = run.load(folder)  # finished, and it fits
         dataset = checkpoint["data"]["name"]
         if dataset not in data.DATASETS:
-            dataset = args.out.name  # where the folder of images lay is nobody's business
-        path = args.out / folder.name / "checkpoint.pt"
-        run.write_whole(path, lambda file: torch.save(halve(checkpoint, dataset), file))
+            dataset = args.out.name  # where the folder of images lay is private
+        path = args.out / folder.resolve().name / "checkpoint.pt"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        torch.save(halve(checkpoint, dataset), path)
         print(f"wrote {path}, {path.stat().st_size / 1e6:.1f} MB")
 
 

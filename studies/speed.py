@@ -102,7 +102,7 @@ def gradient_difference(plain, autoencoder, classifier, images, labels):
     torch.set_float32_matmul_precision("highest")  # TF32 rounds to 1e-3
     with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
         expected = plain_gradient(plain, images, labels, noise)
-        actual, _ = input_gradient(ours, images, labels, None, "ce", eot=2)
+        actual, _ = input_gradient(ours, images, labels, "ce", eot=2)
     torch.set_float32_matmul_precision(precision)
     difference = ((actual - expected).abs().max() / expected.abs().max()).item()
     if not difference <= TOLERANCE:
@@ -184,24 +184,23 @@ def measure(calls, seconds, device):
     return {name: (min(times[name]), peaks[name]) for name in calls}
 
 
-def arguments():
-    parser = argparse.ArgumentParser(description=__doc__,
+def arguments(argv=None):
+    parser = argparse.ArgumentParser(prog="python -m studies.speed", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--size", choices=SIZES, default="small", help="default small")
     add("--batch", type=cli.count, default=16, help="images at once, default 16")
-    add("--seconds", type=cli.number(float), default=10, help="of each line at least, default 10")
-    add("--seed", type=cli.number(int), default=0, help="default 0")
+    add("--seconds", type=float, default=10, help="of each line at least, default 10")
+    add("--seed", type=int, default=0, help="default 0")
     add("--device", choices=["auto", "cpu", "cuda"], default="auto", help="default auto")
     add("--bf16", action=argparse.BooleanOptionalAction, help="default: on a GPU")
     add("--compile", action="store_true", help="torch.compile our models, not the plain one")
-    return parser.parse_args()
+    return cli.parse(parser, argv, machine=False)
 
 
-def main():
-    args = arguments()
+def main(argv=None):
+    args = arguments(argv)
     device = cli.open_device(args.device)
-    cli.one_process("the measurement of speed")
     bf16 = device.type == "cuda" if args.bf16 is None else args.bf16
     precisions = {"fp32": torch.float32, "bf16": torch.bfloat16} if bf16 else {"fp32": torch.float32}
 

@@ -41,7 +41,7 @@ NOT_RECIPE = ("--out", "--autoencoder", "--data", "--seed", "--bf16", "--no-bf16
               "--max-batch", "--resume", "--overwrite")
 PRETRAINING = {"nim": "", "mim": "--task mim", "nim120": "--sigma 120", "nim_paper": "--sigma gamma:25,3"}
 DE3 = ("de3:0", "de3:100", "de3:200")
-MASKED = ("mim:0.5", "mim:0.75")
+MASKED, PASTED = ("mim:0.5", "mim:0.75"), ("mim-visible:0.5", "mim-visible:0.75")
 COLOR = ("de3:0", "de3:50", "de3:100")
 TABLES = {
     "digits": Table(PRETRAINING, [
@@ -55,7 +55,7 @@ TABLES = {
         Entry("De³, pretrained on σ = 120", "de3_120", "", "nim120", DE3),
         Entry("De³, the paper's Γ(25, 3), U(0, 30)", "de3_paper", "--sigma uniform:0,30", "nim_paper", DE3),
         Entry("MIM, whole output", "de3_mim", "", "mim", MASKED),
-        Entry("MIM, visible kept", "de3_mim_visible", "--keep-visible", "mim", MASKED),
+        Entry("MIM, visible kept", "de3_mim_visible", "--mode mim-visible", "mim", PASTED),
     ], images=100, l2=1.0),
     "color": Table(PRETRAINING, [
         Entry("undefended", "clean", "--mode clean"),

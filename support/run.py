@@ -1,435 +1,336 @@
 """A run is a folder: checkpoint.pt knows all that a later stage needs, log.csv is written from it.
 
-A checkpoint holds tensors and plain values only: kind ("autoencoder" or "classifier"), config
-(what builds the model), model, optimizer, epoch (of epochs; with the seed it is the random state as
-well, see training.seed_epoch), settings (what decides the weights), data (what it was trained on and
-is tested at), log, and made_by: command, torch, commit and digests of the code, one entry for each
-time that the code changed. A classifier's holds its autoencoder, too: a folder is a whole defense.
+A checkpoint holds tensors and plain values only:
+
+    kind         "autoencoder" or "classifier"; config: what builds it; model: its weights
+    autoencoder  of a defense: the checkpoint of the autoencoder in front; defense, level: its name, and
+                 what it was trained at
+    resume       what --resume goes on with: model and optimizer, unless a stage wants it otherwise
+    epoch        of epochs; with the seed it is the random state as well (training.seed_epoch)
+    settings     what decides the weights; data: what it was trained on and is tested at; classes; log
+    made_by      command, torch, commit and digests of the code, an entry for each time the code changed
+
+A folder holds one run. It is begun once: whoever creates checkpoint.pt owns the folder.
 """
 
-import argparse
 import ast
 import csv
 import functools
 import hashlib
-import inspect
-import io
 import os
 import shlex
 import subprocess
-import uuid
+import sys
+import time
 import zipfile
 from pathlib import Path
 
-import numpy as np
 import torch
 
-from model import Autoencoder, UserError, make_classifier
-from support import cli, data
-
-try:
-    import fcntl
-except ImportError:  # Windows: there nothing keeps two processes apart
-    fcntl = None
+from model import DEFENSES, Defense, UserError, make_autoencoder, make_classifier
+from support import cli
 
 REPOSITORY = Path(__file__).resolve().parents[1]
-# What changes where or how fast a run works, or where something came from, but not its weights.
-NOT_SETTINGS = ("device", "workers", "out", "resume", "overwrite", "dry_run", "given",
-                "autoencoder")
-MAKERS = {"autoencoder": Autoencoder, "classifier": make_classifier}
+# what decides no weights
+NOT_SETTINGS = ("device", "workers", "out", "resume", "overwrite", "autoencoder", "command")
+OF_TRAINING = ("training", "require_backward_grad_sync")  # attributes of a model that are no settings
+MAKERS = {"autoencoder": make_autoencoder, "classifier": make_classifier}
+STAGES = {"autoencoder": "pretrain.py", "classifier": "finetune.py"}
 
 
 # ------------------------------------------------------------------------------------ the code
 
 @functools.cache
 def commit():
-    """The commit of this checkout, with "+" for uncommitted changes; "" where git knows none."""
+    """The commit of this checkout, with "+" for uncommitted changes; "" where git does not track it."""
     def git(*words):
         return subprocess.run(["git", *words], cwd=REPOSITORY, text=True, capture_output=True,
                               check=True).stdout.strip()
     try:
-        changes = git("status", "--porcelain", "--untracked-files=no", "--", ".")
-        return git("rev-parse", "--short=12", "HEAD") + ("+" if changes else "")
+        git("ls-files", "--error-unmatch", "support/run.py")  # not a copy inside another repository
+        return git("describe", "--always", "--abbrev=12", "--dirty=+", "--exclude=*")
     except (OSError, subprocess.CalledProcessError):
         return ""
 
 
-@functools.cache
-def digest_of_file(path):
+def digest_of_code(text):
     """Twelve hex digits of a Python file's parsed code: comments and docstrings change nothing."""
-    try:
-        tree = ast.parse(Path(path).read_text(encoding="utf-8"))
-    except OSError:
-        return "missing"
+    tree = ast.parse(text)
     for node in ast.walk(tree):
-        body = getattr(node, "body", None)
-        if isinstance(body, list) and body and isinstance(body[0], ast.Expr) and isinstance(
-                body[0].value, ast.Constant):
-            body[:] = body[1:] or [ast.Pass()]
-        if isinstance(node, ast.JoinedStr):  # Python 3.12 puts empty text behind a nested format
-            node.values = [part for part in node.values if getattr(part, "value", None) != ""]
-    return hashlib.sha256(repr(plain(tree)).encode()).hexdigest()[:12]
+        may_have_one = isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef))
+        if may_have_one and ast.get_docstring(node) is not None:
+            node.body = node.body[1:]
+    return hashlib.sha256(ast.dump(tree).encode()).hexdigest()[:12]
 
 
-def plain(node):
-    """A syntax tree as nested tuples, without what only some versions of Python write of it."""
-    if isinstance(node, ast.AST):
-        fields = [(name, plain(value)) for name, value in ast.iter_fields(node)]
-        return (type(node).__name__, *[field for field in fields if field[1] not in (None, [])])
-    return [plain(one) for one in node] if isinstance(node, list) else node
+_imported = {}  # {file: (the import it was read at, its digest)}
 
 
-def digests(files):
-    """{file: digest of its code}, for files named from the repository's folder."""
-    return {name: digest_of_file(REPOSITORY / name) for name in files}
+def note_imported_code():
+    """Digest each file of the project that has just been imported, or imported anew (importlib.reload).
+
+    A file that is edited later keeps the digest of the code that runs. Called when this module is
+    imported and when a stage begins, before anything slow.
+    """
+    for module in list(sys.modules.values()):
+        file = Path(getattr(module, "__file__", None) or "")
+        if REPOSITORY not in (file.parent, file.parent.parent) or not file.exists():
+            continue  # another project's
+        name = file.relative_to(REPOSITORY).as_posix()
+        known_import, _ = _imported.get(name, (False, ""))
+        if known_import is not module.__spec__:  # a reload makes a new one
+            _imported[name] = module.__spec__, digest_of_code(file.read_text(encoding="utf-8"))
 
 
-def provenance(files):
+def digest_of_file(name):
+    """The digest of a project's file as it was imported, or as it is on disk, or "" for one that is gone."""
+    if name in _imported:
+        return _imported[name][1]
+    path = REPOSITORY / name
+    return digest_of_code(path.read_text(encoding="utf-8")) if path.exists() else ""
+
+
+def digest_of_files(names):
+    """One digest of the code of several files."""
+    digests = [(name, digest_of_file(name)) for name in sorted(names)]
+    return hashlib.sha256(repr(digests).encode()).hexdigest()[:12]
+
+
+def origin(command, files):
     """What a result comes from: the command, torch, the commit, digests of the code that decides it."""
-    return dict(command=cli.command_line(), torch=str(torch.__version__), commit=commit(),
-                code=digests(files))
+    return dict(command=command, torch=str(torch.__version__), commit=commit(),
+                code={name: digest_of_file(name) for name in files})
 
 
-def changed_files(checkpoint):
-    """The files whose code is not the one that trained this run, all of its epochs."""
-    changed = {name for made in checkpoint["made_by"] for name, digest in digests(made["code"]).items()
-               if digest != made["code"][name]}
-    return sorted(changed)
+def say_made_by_other_code(checkpoints):
+    """One line for all runs, {folder: checkpoint}, whose code or autoencoder's code has changed since."""
+    changed = {}
+    for folder, checkpoint in checkpoints.items():
+        for part in (checkpoint, checkpoint.get("autoencoder")):
+            for made in part["made_by"] if part else ():
+                files = {name for name, digest in made["code"].items() if digest != digest_of_file(name)}
+                if files:
+                    changed.setdefault(str(folder), set()).update(files)
+    if changed:
+        told = "; ".join(f"{folder} ({', '.join(sorted(files))})" for folder, files in changed.items())
+        print(f"note: made by other code than that of today: {told}")
 
 
-def say_made_by_other_code(folder, checkpoint):
-    """One line for a run, and its autoencoder, whose code has changed since."""
-    for part, what in ((checkpoint, ""), (checkpoint.get("autoencoder"), ", its autoencoder")):
-        files = changed_files(part) if part else []
-        if files:
-            made_at = part["made_by"][-1]["commit"] or "unknown"
-            print(f"note: {folder}{what} was made by other code ({', '.join(files)} changed since; "
-                  f"commit {made_at})")
+def fingerprint(model):
+    """Twelve hex digits of a model: the weights, buffers and plain attributes of all its parts."""
+    sha = hashlib.sha256()
+    for part in model.modules():
+        settings = {name: value for name, value in vars(part).items()
+                    if isinstance(value, (bool, int, float, str)) and name not in OF_TRAINING}
+        sha.update(repr([type(part).__name__, sorted(settings.items())]).encode())
+    for value in [*model.parameters(), *model.buffers()]:
+        sha.update(value.detach().float().cpu().numpy().tobytes())
+    return sha.hexdigest()[:12]
 
 
-# ------------------------------------------------------------------------------ files and locks
-
-def write_whole(path, save):
-    """save(file) beside `path`, then move into place: a kill leaves the old file whole.
-
-    Each writer has a temporary file of its own. Raises UserError where the folder or the disk fails.
-    """
-    buffer = io.BytesIO()
-    save(buffer)
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_bytes(buffer.getbuffer())
-        os.replace(temporary, path)
-    except OSError as error:
-        raise UserError(f"could not save {path} ({error}); what was saved before is kept: make room, "
-                        "and go on with the same command (training: and --resume)") from None
-    finally:
-        temporary.unlink(missing_ok=True)  # moved away, where all went well
-
-
-def take_lock(path, wait):
-    """Make and lock a file, returned open: closing unlocks it. UserError if another process has it.
-
-    The system unlocks it however the process ends.
-    """
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        file = open(path, "a")
-    except OSError as error:
-        raise UserError(f"{path.parent} cannot be written to ({error.strerror}): choose another --out, "
-                        "or make it writable") from None
-    try:
-        if fcntl is not None:
-            fcntl.lockf(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except (BlockingIOError, PermissionError):
-        raise UserError(f"another process is training in {path.parent}: wait for it, or use another "
-                        "--out") from None
-    except OSError:
-        pass  # a file system without locks
-    return file
-
-
-def read_weights(path):
-    """A file of weights: tensors and plain values only, so that loading it cannot run code.
-
-    Checksums are tested, which torch.load ignores. What is let through besides: argparse.Namespace,
-    which MAE's training checkpoints hold, and NumPy's numbers.
-    """
-    scalar = np.float64(0).__reduce__()[0]  # whose module has another name in every version of NumPy
-    allowed = [argparse.Namespace, np.dtype, *{type(np.dtype(kind)) for kind in "?bhilqBHILQefdU"},
-               (scalar, "numpy.core.multiarray.scalar"), (scalar, "numpy._core.multiarray.scalar")]
-    try:
-        with open(path, "rb") as file:
-            is_archive = file.read(4) == b"PK\x03\x04"  # older formats have no checksums
-            if is_archive and zipfile.ZipFile(file).testzip():
-                raise zipfile.BadZipFile("a checksum differs")
-        with torch.serialization.safe_globals(allowed):
-            return torch.load(path, map_location="cpu", weights_only=True)
-    except (FileNotFoundError, IsADirectoryError):
-        raise UserError(f"there is no file {path}") from None
-    except Exception as error:  # torch.load of a damaged file raises many kinds
-        lines = (str(error) or type(error).__name__).splitlines()
-        named = [line for line in lines if "GLOBAL" in line or "Unsupported" in line or "but got" in line]
-        reason = (named or lines)[0].strip()[:160]
-        raise UserError(f"{path} is damaged, is no file of weights, or holds objects that could run "
-                        f"code when loaded ({reason})") from None
+note_imported_code()
 
 
 # ---------------------------------------------------------------------------- reading a run back
 
-def is_checkpoint(content):
-    """Whether the content of a file of weights is a run's checkpoint, whatever the file is called."""
-    needed = {"kind", "config", "settings", "data", "model", "epoch", "epochs", "log", "made_by"}
-    return isinstance(content, dict) and needed <= content.keys()
+def read(folder, kind=None):
+    """The checkpoint in a run's folder; UserError where there is none, or one of another kind.
 
-
-def read(folder, kind=None, making=None):
-    """The checkpoint in a run's folder, or in a copy of its file under another name.
-
-    UserError where there is none, or one of another kind.
+    The folder of a De³ gives the checkpoint of its autoencoder as well. Only tensors and plain values are
+    loaded, so that a file cannot run code, and checksums are tested.
     """
-    path = Path(folder) if Path(folder).is_file() else Path(folder) / "checkpoint.pt"
+    path = Path(folder) / "checkpoint.pt"
     if not path.exists():
-        stage = "pretrain.py" if "autoencoder" in (kind, making) else "finetune.py"
-        mode = " --mode clean" if Path(folder).name == "clean" else ""
-        raise UserError(f"{folder} holds no run (there is no {path}): make it with python {stage}{mode} "
-                        f"--out {shlex.quote(str(folder))}, or name another run's folder")
-    checkpoint = read_weights(path)
-    if not is_checkpoint(checkpoint):
-        raise UserError(f"{path} is not a checkpoint of this project, or one of an earlier layout")
-    if kind is not None and checkpoint["kind"] != kind:
-        raise UserError(f"{path} holds {checkpoint['kind']} weights where {kind} weights are needed")
+        stage = STAGES.get(kind, "finetune.py")
+        raise UserError(f"{folder} holds no run (there is no {path}): make it with python {stage} --out "
+                        f"{shlex.quote(str(folder))}, or name another run's folder")
+    try:
+        if zipfile.ZipFile(path).testzip():
+            raise zipfile.BadZipFile("a checksum differs")
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        found = checkpoint["kind"]
+    except Exception as error:  # torch.load of a damaged or foreign file raises many kinds
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise UserError(f"{path} is damaged, or no checkpoint of this project ({reason[:160]}); published "
+                        "weights become a run by python -m studies.convert") from None
+    if kind == "autoencoder" and found == "classifier" and checkpoint["autoencoder"]:
+        return checkpoint["autoencoder"]
+    if kind not in (None, found):
+        raise UserError(f"{path} holds {found} weights where {kind} weights are needed")
     return checkpoint
 
 
-def build(checkpoint, name="the checkpoint"):
-    """The model of a checkpoint: its own config makes it, every weight has to fit. UserError if not."""
-    try:
-        model = MAKERS[checkpoint["kind"]](**checkpoint["config"])
-        model.load_state_dict(checkpoint["model"])
-        finite = all(value.isfinite().all() for value in checkpoint["model"].values())
-    except Exception as error:  # a changed constructor, a missing weight, damage: many kinds
-        lines = [line.strip() for line in (str(error) or repr(error)).splitlines()]
-        raise UserError(f"{name} does not fit this code: {' '.join(lines)[:200]}") from None
-    if not finite:
-        raise UserError(f"{name} holds weights that are not finite")
-    return model
+def build(checkpoint, device="cpu"):
+    """The model of a checkpoint, in evaluation mode, without gradients: its own config makes it."""
+    model = MAKERS[checkpoint["kind"]](**checkpoint["config"])
+    model.load_state_dict(checkpoint["model"])
+    return model.to(device).eval().requires_grad_(False)
 
 
-def load(folder, kind):
-    """A finished run's folder: (model in evaluation mode, without gradients; its checkpoint)."""
+def build_whole(checkpoint, device="cpu"):
+    """What a checkpoint was saved of: an autoencoder, or a classifier behind its defense, if it has one."""
+    model = build(checkpoint, device)
+    if not checkpoint.get("defense"):
+        return model
+    held = checkpoint["autoencoder"]
+    autoencoder = build(held, device) if held else None
+    return DEFENSES[checkpoint["defense"]](autoencoder, model, checkpoint["level"]).eval()
+
+
+def load(folder, kind=None, device="cpu"):
+    """A finished run's folder: (model, checkpoint); UserError for an unfinished one.
+
+    kind: "autoencoder" (of a De³'s folder, too) or "classifier"; None: whatever it is.
+    """
     checkpoint = read(folder, kind)
     if checkpoint["epoch"] < checkpoint["epochs"]:
-        stage = "pretrain" if kind == "autoencoder" else "finetune"
-        raise UserError(f"{folder} is unfinished (epoch {checkpoint['epoch']} of "
-                        f"{checkpoint['epochs']}); finish it with: python {stage}.py "
-                        f"--out {shlex.quote(str(folder))} --resume")
-    say_made_by_other_code(folder, checkpoint)
-    model = build(checkpoint, Path(folder) / "checkpoint.pt")
-    return model.eval().requires_grad_(False), checkpoint
-
-
-def fingerprint(model):
-    """Twelve hex digits of a model's weights and plain attributes, to notice that it is another one."""
-    sha = hashlib.sha256()
-    for value in model.state_dict().values():
-        sha.update(value.float().cpu().numpy().tobytes())
-    plain = {name: value for name, value in vars(model).items()
-             if isinstance(value, (bool, int, float, str)) and name != "training"}
-    sha.update(repr([type(model).__name__, sorted(plain.items())]).encode())
-    return sha.hexdigest()[:12]
-
-
-def identity(model):
-    """A model's fingerprint with its buffers: mean and deviation, too, which no checkpoint's weights hold."""
-    sha = hashlib.sha256(fingerprint(model).encode())
-    for value in model.buffers():
-        sha.update(value.float().cpu().numpy().tobytes())
-    return sha.hexdigest()[:12]
-
-
-def origin_of_row(model, files):
-    """What a row of a table says of its origin: the weights measured, the code, and the commit.
-
-    The code is that of `files` and of the files that hold the model's class and its bases.
-    """
-    own = [inspect.getsourcefile(kind) for kind in type(model).__mro__ if kind.__module__ != "builtins"]
-    own = [Path(name).resolve() for name in own if name]
-    own = [path.relative_to(REPOSITORY).as_posix() for path in own if path.is_relative_to(REPOSITORY)]
-    return dict(weights=identity(model), code=digest_of_files({*files, *own}), commit=commit())
-
-
-def digest_of_files(files):
-    """One digest of the code of several files, as it is today."""
-    return hashlib.sha256(repr(sorted(digests(files).items())).encode()).hexdigest()[:12]
+        raise UserError(f"{folder} is unfinished (epoch {checkpoint['epoch']} of {checkpoint['epochs']}): "
+                        f"finish it with python {STAGES[checkpoint['kind']]} --out "
+                        f"{shlex.quote(str(folder))} --resume")
+    checkpoint.pop("resume", None)  # large, and for --resume alone
+    return build(checkpoint, device), checkpoint
 
 
 # ------------------------------------------------------------------------------ a run in training
 
-def settings_of(args):
-    """What decides the weights, as plain values: every argument but NOT_SETTINGS."""
-    plain = (bool, int, float, str, type(None))
-    return {name: value if isinstance(value, plain) else str(value)
-            for name, value in vars(args).items() if name not in NOT_SETTINGS}
+def find(args, kind):
+    """The checkpoint in --out that --resume goes on with, and whose settings args get; None for a new run.
 
-
-def take_settings(args, kind):
-    """For --resume: give args every setting of the run in --out; returns its checkpoint.
-
-    None where nothing is saved yet. Raises UserError for a flag that says otherwise; only a data
-    folder that is gone may have moved.
+    Raises UserError for a run in --out without --resume or --overwrite, and for a flag that says otherwise
+    than the run; only the folder of the data may have moved.
     """
-    if not (args.out / "checkpoint.pt").exists():
+    note_imported_code()
+    path = args.out / "checkpoint.pt"
+    exists = path.exists()
+    is_empty = exists and path.stat().st_size == 0  # a run that ended before its first save
+    if cli.sum_over_processes(exists) not in ([0], [cli.world_size()]):
+        raise UserError(f"not all processes see the same {args.out}: choose a folder that all of them share")
+    if not exists or args.overwrite or (args.resume and is_empty):
         return None
-    checkpoint = read(args.out, kind)
-    saved, here = checkpoint["settings"], settings_of(args)
-    moved = False
-    if "data" in args.given and saved["data"] not in data.DATASETS:
-        moved = not Path(saved["data"]).exists() and Path(here["data"]).exists()
-    for name in sorted(args.given & here.keys()):
-        if here[name] != saved.get(name) and not (name == "data" and moved):
-            raise UserError(f"--{name.replace('_', '-')} is {here[name]} here, and {saved.get(name)} in "
-                            f"the run that --resume goes on with, {args.out}: leave the flag out")
-    for name, value in saved.items():
-        if not (name == "data" and moved):
+    if not args.resume:
+        raise UserError(f"{args.out} holds a run: go on with it by --resume, train anew over it with "
+                        "--overwrite, or name another folder with --out")
+    saved = read(args.out, kind)
+    for name, value in saved["settings"].items():
+        given = getattr(args, name, None)
+        if given is None:
             setattr(args, name, value)
-    return checkpoint
+        elif plain(given) != value and name != "data":
+            raise UserError(f"--{name.replace('_', '-')} is {given} here, and {value} in the run that "
+                            f"--resume goes on with, {args.out}: leave the flag out")
+    print(f"{args.out}: going on after epoch {saved['epoch']} of {saved['epochs']}")
+    return saved
 
 
-class Run:
-    """A run in training: the folder of --out, which other processes are kept out of, and what it holds.
+def begin(args, kind, files, config, dataset, train, **more):
+    """The checkpoint of a new run, of no epoch yet, in a folder that is now its own.
 
-    saved: the checkpoint that was found, None for a new run. A finished run of the same settings and
-    code is kept, and one to --resume goes on; training over anything else raises UserError. files:
-    the code that decides the weights.
+    files: the code that decides the weights. dataset: a data.DataSet; train: its images. more: what the
+    later stages need besides. UserError if another process has just begun a run there.
     """
-
-    def __init__(self, args, kind, files):
-        row = data.about(args.data)
-        augmented = [data.name_of(how) for how in (row.pretrain_augment, row.finetune_augment)]
-        of_data = dict(statistics=str((row.mean, row.std)), augmentation=str(augmented))
-        if args.init and Path(args.init).is_file() and not args.resume:
-            of_data["init_weights"] = hashlib.sha256(Path(args.init).read_bytes()).hexdigest()[:12]
-        self.folder, self.settings, self.epochs = args.out, {**settings_of(args), **of_data}, args.epochs
-        self.kind, self.files, self.saved, self.loaded_back = kind, files, None, False
-        if args.dry_run:
-            return
-        if args.resume and args.overwrite:
-            raise UserError("--resume and --overwrite exclude each other")
-        problem = ""
-        if cli.rank() == 0:
-            try:
-                self.lock = take_lock(self.folder / ".lock", wait=False)
-            except UserError as error:
-                problem = str(error)
-            for left_over in self.folder.glob(".checkpoint.pt.*.tmp"):  # of runs that were killed
-                left_over.unlink()
-        if cli.sum_over_processes(bool(problem)) != [0]:
-            raise UserError(problem or f"rank 0 cannot train in {self.folder}")
-        if (self.folder / "checkpoint.pt").exists() and not args.overwrite:
-            self.saved = read(self.folder)
-            if not args.resume:
-                self.refuse_another(args.given)
-            say_made_by_other_code(self.folder, self.saved)
-        epoch = self.saved["epoch"] if self.saved else -1
-        if cli.sum_over_processes(epoch) != [epoch * cli.world_size()]:
-            raise UserError(f"the processes do not find the same {self.folder}: choose a folder that all "
-                            "of them share")
-        if epoch >= self.epochs:
-            print(f"{self.folder}: finished run kept, --overwrite trains anew")
-        elif self.saved:
-            print(f"{self.folder}: going on after epoch {epoch} of {self.epochs}")
-        else:
-            print(f"{self.folder}: {'nothing saved yet, starting over' if args.resume else 'training'}")
-
-    def refuse_another(self, given):
-        """UserError unless the saved run is a finished one of these settings and this code."""
-        saved, changed, other = self.saved, changed_files(self.saved), []
-        for name, value in self.settings.items():
-            old = saved["settings"].get(name)
-            if name in saved["settings"] and old != value:
-                other.append(f"{name} {old} there, {value} here")
-            elif name not in saved["settings"] and name in given:
-                other.append(f"{name} {value} here")  # what a run does not say has its default
-        if saved["kind"] != self.kind:
-            what = f"{saved['kind']} weights"
-        elif other:
-            what = f"a run with other settings: {'; '.join(other)}"
-        elif saved["epoch"] < saved["epochs"]:
-            what = f"an unfinished run, epoch {saved['epoch']} of {saved['epochs']}"
-        elif changed:
-            what = f"a run made by other code: {', '.join(changed)} changed since"
-        else:
-            return
-        raise UserError(f"{self.folder} holds {what}; go on with that run by --resume, train anew over it "
-                        "with --overwrite, or keep it and name another folder with --out")
-
-    def start(self, config, dataset, train, model, optimizer, try_step, **more):
-        """Begin or go on: the first epoch to train, from 0. Model and optimizer get what was saved.
-
-        config: what builds the model. dataset, train: the name of the data and its training images.
-        try_step(): forward and backward of one micro-batch, to choose the number of CPU threads, which
-        is kept, since another number rounds differently. more: what the later stages need besides.
-        """
-        threads = cli.choose_threads(try_step, next(model.parameters()).device,
-                                     self.saved.get("threads") if self.saved else None)
-        optimizer.zero_grad()
-        made_by = [dict(provenance(self.files), from_epoch=1)]
-        facts = data.facts(dataset, train)
-        self.checkpoint = dict(kind=self.kind, config=config, settings=self.settings, data=facts, epoch=0,
-                               epochs=self.epochs, log=[], made_by=made_by, threads=threads,
-                               world_size=cli.world_size(), **more)
-        if self.saved is None:
-            return 0
-        then = self.saved["data"]
-        for name in ("statistics", "augmentation"):
-            old, new = self.saved["settings"].get(name), self.settings[name]
-            if old not in (None, new):
-                print(f"note: the {name} of {dataset} was {old} when {self.folder} was begun, and is {new} now")
-        if self.saved.get("world_size", cli.world_size()) != cli.world_size():
-            print(f"note: {self.folder} was trained by {self.saved['world_size']} process(es) and goes on "
-                  f"with {cli.world_size()}: other noise than in an uninterrupted run")
-        if (then["images"], then["pixels"]) != (facts["images"], facts["pixels"]):
-            print(f"note: {self.folder} was trained on other images than {dataset} holds now "
-                  f"({then['images']} then, {facts['images']} now)")
+    if cli.rank() == 0:
+        args.out.mkdir(parents=True, exist_ok=True)
+        if args.overwrite or args.resume:  # what --resume leaves to begin is an empty file, or none
+            for name in ("checkpoint.pt", "log.csv", "pretrain.png"):
+                (args.out / name).unlink(missing_ok=True)
         try:
-            model.load_state_dict(self.saved["model"])
-            optimizer.load_state_dict(self.saved["optimizer"])
-        except Exception as error:  # the code makes another model or optimizer now
-            raise UserError(f"the run in {self.folder} does not fit this code "
-                            f"({str(error).splitlines()[0]}): train anew with --overwrite, or name "
-                            "another folder with --out") from None
-        if made_by[0]["code"] != self.saved["made_by"][-1]["code"] and self.saved["epoch"] < self.epochs:
-            made_by[0]["from_epoch"] = self.saved["epoch"] + 1
-            self.saved["made_by"] += made_by
-        self.checkpoint = self.saved
-        self.checkpoint["settings"]["data"] = self.checkpoint["data"]["name"] = dataset  # may have moved
-        self.write_log()
-        return self.saved["epoch"]
+            open(args.out / "checkpoint.pt", "xb").close()  # atomic: of two processes one succeeds
+        except FileExistsError:
+            raise UserError(f"another process has begun a run in {args.out}: name another folder with "
+                            "--out") from None
+    settings = {name: plain(value) for name, value in vars(args).items() if name not in NOT_SETTINGS}
+    facts = dict(name=args.data, images=len(train), test_sigmas=list(dataset.test_sigmas), eps=dataset.eps,
+                 attack_eps=list(dataset.attack_eps), finetune_sigma=dataset.finetune_sigma)
+    return dict(kind=kind, config=config, settings=settings, data=facts, classes=train.classes, epoch=0,
+                epochs=args.epochs, log=[], made_by=[dict(origin(args.command, files), from_epoch=1)],
+                threads=torch.get_num_threads(), world_size=cli.world_size(), **more)
 
-    def save(self, epoch, row, model, optimizer):
-        """Write checkpoint.pt and log.csv after so many epochs, in the process of rank 0.
 
-        row: the epoch's, of the log. What is written first is loaded back, so that a config that does
-        not make its model is found after one epoch and not after the last.
-        """
-        self.checkpoint["log"].append(dict(row, commit=commit()))
-        self.checkpoint.update(epoch=epoch, model=model.state_dict(), optimizer=optimizer.state_dict())
-        if cli.rank() > 0:
-            return
-        write_whole(self.folder / "checkpoint.pt", lambda file: torch.save(self.checkpoint, file))
-        self.write_log()
-        if not self.loaded_back:
-            build(read(self.folder), f"{self.folder} was saved and cannot be loaded again: it")
-            self.loaded_back = True
+def plain(value):
+    """A setting as a checkpoint holds it."""
+    return str(value) if isinstance(value, Path) else value
 
-    def write_log(self):
-        """Write log.csv from the log in the checkpoint, in the process of rank 0."""
-        if cli.rank() > 0:
-            return
-        text = io.StringIO(newline="")
-        table = csv.DictWriter(text, list(self.checkpoint["log"][-1]), extrasaction="ignore")
-        table.writeheader()
-        table.writerows(self.checkpoint["log"])
-        write_whole(self.folder / "log.csv", lambda file: file.write(text.getvalue().encode()))
+
+def restore(checkpoint, args, files, train, **parts):
+    """Give the parts (model, optimizer ...) what the run left; what is different now is noted, and said."""
+    for name, part in parts.items():
+        part.load_state_dict(checkpoint["resume"][name])
+    then, classes = checkpoint["data"]["images"], checkpoint["classes"]
+    if (then, classes) != (len(train), train.classes):
+        raise UserError(f"{args.out} was begun on {then} images of {len(classes)} classes, and {args.data} "
+                        f"holds {len(train)} of {len(train.classes)} now: restore them, or train anew with "
+                        "--overwrite")
+    if checkpoint["world_size"] != cli.world_size():
+        print(f"note: {args.out} was trained by {checkpoint['world_size']} process(es) and goes on with "
+              f"{cli.world_size()}: other noise than in an uninterrupted run")
+    allowed, on_cpu = torch.get_num_threads(), next(parts["model"].parameters()).device.type == "cpu"
+    if on_cpu and checkpoint["threads"] > allowed:
+        print(f"note: {args.out} was trained with {checkpoint['threads']} CPU threads, here there are "
+              f"{allowed}, which rounds differently")
+    torch.set_num_threads(min(checkpoint["threads"], allowed))
+    checkpoint["settings"]["data"] = checkpoint["data"]["name"] = args.data  # may have moved
+    now = origin(args.command, files)
+    if now["code"] != checkpoint["made_by"][-1]["code"] and checkpoint["epoch"] < checkpoint["epochs"]:
+        checkpoint["made_by"].append(dict(now, from_epoch=checkpoint["epoch"] + 1))
+        say_made_by_other_code({args.out: checkpoint})
+
+
+def save(folder, checkpoint, whole, probe, **parts):
+    """Write checkpoint.pt and log.csv, in the process of rank 0; a kill leaves the old checkpoint whole.
+
+    whole: what is tested later, an autoencoder, a classifier, or a defense: its parts are saved as they are
+    now, and `check` compares them with what the file makes, on the images of probe [B, C, S, S]. It is in
+    evaluation mode afterwards. parts: what --resume goes on with, model=... and optimizer=..., as `restore`
+    takes them.
+    """
+    if cli.rank() > 0:
+        return
+    model = whole.classifier if isinstance(whole, Defense) else whole
+    checkpoint["model"] = model.state_dict()
+    if checkpoint.get("autoencoder"):
+        checkpoint["autoencoder"]["model"] = whole.autoencoder.state_dict()
+    checkpoint["resume"] = {name: part.state_dict() for name, part in parts.items()}
+    path, temporary = folder / "checkpoint.pt", folder / f"checkpoint.pt.{os.getpid()}.tmp"
+    try:
+        torch.save(checkpoint, temporary)
+        patiently(lambda: os.replace(temporary, path))
+    except (OSError, RuntimeError) as error:  # the second is torch.save's, for a full disk
+        temporary.unlink(missing_ok=True)
+        raise UserError(f"could not save {path} ({str(error).splitlines()[0]}); what was saved before is "
+                        "kept: make room, or close the program that has it open, and go on with "
+                        "--resume") from None
+    check(folder, whole, probe)
+    if checkpoint["log"]:
+        with patiently(lambda: open(folder / "log.csv", "w", newline="", encoding="utf-8")) as file:
+            table = csv.DictWriter(file, list(checkpoint["log"][0]))
+            table.writeheader()
+            table.writerows(checkpoint["log"])
+
+
+def check(folder, whole, probe):
+    """UserError unless what the file in this folder makes gives the same answers as what is in memory.
+
+    They differ where something that is trained is not saved, is saved as it was once read, or is replaced by
+    an average: whoever loads the folder would then test another model than the one that was trained.
+    """
+    answers = []
+    for model in (whole, build_whole(read(folder), probe.device)):
+        model.eval()
+        with torch.no_grad(), torch.random.fork_rng():
+            torch.manual_seed(0)
+            is_autoencoder = hasattr(model, "reconstruct")
+            answers.append(model.reconstruct(probe, probe) if is_autoencoder else model(probe))
+    if not torch.allclose(*answers, rtol=1e-3, atol=1e-4):
+        raise UserError(f"{folder}/checkpoint.pt does not hold the model that was trained: what it makes "
+                        f"answers differently by up to {(answers[0] - answers[1]).abs().max():.3g}. Give "
+                        "run.save every part that is trained, as it is to be tested")
+
+
+def patiently(action):
+    """action(), tried again for some seconds: on Windows a virus scanner or a spreadsheet may hold a file."""
+    for seconds in (0.1, 0.5, 1, 2, 4):
+        try:
+            return action()
+        except PermissionError:
+            time.sleep(seconds)
+    return action()

@@ -8,7 +8,6 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.flop_counter import FlopCounterMode
 from torchvision import transforms
 from torchvision.transforms import InterpolationMode, v2
 
@@ -42,16 +41,16 @@ def finetune_transform(image_size, mean, std):
         transforms.Lambda(functools.partial(torch.clamp, min=0, max=1))])
 
 
-shift_digit = v2.RandomAffine(degrees=8, translate=(0.08, 0.08), scale=(0.9, 1.1),
-                              interpolation=InterpolationMode.BILINEAR)
+jitter_digit = v2.RandomAffine(degrees=8, translate=(0.08, 0.08), scale=(0.9, 1.1),
+                               interpolation=InterpolationMode.BILINEAR)
 
 
-def shift(images):
+def jitter(images):
     """The augmentation of the digits: images [B, 3, S, S], rotated, shifted and scaled a little.
 
     Eight images share one draw: torchvision draws once per call, and calls cost time.
     """
-    return torch.cat([shift_digit(eight) for eight in images.split(8)])
+    return torch.cat([jitter_digit(eight) for eight in images.split(8)])
 
 
 def crop_and_flip(images, padding=4):
@@ -74,6 +73,27 @@ def seed_epoch(seed, epoch):
     Each process draws its own noise; the order of the images is data.TrainingOrder's.
     """
     torch.manual_seed((seed * 1_000_003 + epoch + 1) * 1_009 + cli.rank())
+
+
+def initialize(model, other, source):
+    """Give a model the weights that another one, read from `source`, has under the same names.
+
+    A head for another number of classes is left out. Says what kept its initial value; UserError where
+    nothing fits, or a shape differs.
+    """
+    own, given = model.state_dict(), other.state_dict()
+    common = [name for name in own if name in given]
+    differ = [name for name in common if own[name].shape != given[name].shape]
+    if not common:
+        raise UserError(f"{source} has no weights in common with this model: choose another run, or "
+                        "--from-scratch")
+    if any(not name.startswith("head.") for name in differ):
+        raise UserError(f"{differ[0]} is {list(given[differ[0]].shape)} in {source} and "
+                        f"{list(own[differ[0]].shape)} here: is that run of another size?")
+    taken = [name for name in common if name not in differ]
+    model.load_state_dict({name: given[name] for name in taken}, strict=False)
+    left = sorted({name.split(".")[0] for name in own if name not in taken})
+    print(f"weights from {source}; at their initial value: {', '.join(left) or 'none'}")
 
 
 def parameter_groups(model, weight_decay, layer_decay=1.0):
@@ -109,26 +129,29 @@ def learning_rate(step, steps, warmup_steps, peak, final):
     return final + (peak - final) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
-def print_dry_run(args, model, loss_of, images, batches):
-    """Print what the flags come to; loss_of(1), of one image, is called to count its operations."""
-    model.eval()  # batch norm takes no single image in training mode
-    with FlopCounterMode(display=False) as counter:
-        loss_of(1).backward()
+def print_plan(model, batches, epochs, peak_lr):
+    """One line: what this training will do, and on what."""
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    print(f"images          {images}\nparameters      {parameters / 1e6:.2f} million\n"
-          f"GFLOPs/image    {counter.get_total_flops() / 1e9:.3f} (one training step, 2 per "
-          f"multiply-add)\nbatch           {batches.batch} = {cli.world_size()} process(es) x "
-          f"{batches.micro_batches} micro-batch(es) of {batches.at_once}\n"
-          f"learning rate   {args.base_lr * batches.batch / 256:.3g} at its peak\n"
-          f"epochs          {args.epochs}, {args.warmup_epochs:g} of them warm-up\n"
-          f"steps           {args.epochs * batches.steps}, {batches.steps} in an epoch")
+    device = next(model.parameters()).device
+    threads = f" ({torch.get_num_threads()} threads)" if device.type == "cpu" else ""
+    print(f"{len(batches.dataset):,} images, {epochs * batches.steps:,} steps of {batches.batch} in {epochs} "
+          f"epochs, peak lr {peak_lr:.3g}; {parameters / 1e6:.2f} million parameters on {cli.world_size()} x "
+          f"{device.type}{threads}")
 
 
-def distribute(model):
+def distribute(model, optimizer):
     """DistributedDataParallel around the model, where there are several processes.
 
     Its require_backward_grad_sync, False in all micro-batches but the last, has gradients averaged once.
+    UserError where the optimizer trains what is not part of this model: only gradients of what is computed
+    in its forward are averaged over processes. What is trained together goes into one module.
     """
+    own = {id(parameter) for parameter in model.parameters()}
+    trained = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    if not all(id(parameter) in own for parameter in trained):
+        raise UserError("the optimizer trains parameters that the model given to training.distribute does "
+                        "not hold: put all that is trained into one module, and compute the loss in its "
+                        "forward")
     if not dist.is_initialized():
         return model
     return DistributedDataParallel(model)
@@ -148,32 +171,34 @@ class EpochLog:
     The sums stay on the device: to look at one waits for the device.
     """
 
-    def __init__(self, epoch, epochs, images):
-        self.epoch, self.epochs, self.share = epoch, epochs, images // cli.world_size()
+    def __init__(self, epoch, epochs, micro_batches):
+        self.epoch, self.epochs, self.micro_batches = epoch, epochs, micro_batches
         self.started, self.progress = time.perf_counter(), cli.Progress()
-        self.loss_sum, self.images, self.hits, self.counted = 0.0, 0, 0, False
+        self.seen, self.images, self.loss_sum, self.hits, self.counted = 0, 0, 0.0, 0, 0
 
     def add(self, loss, images, hits=None):
-        """Count a micro-batch: its mean loss, number of images, correct ones (None: nobody counts)."""
-        self.loss_sum += loss.detach() * images
+        """Count a micro-batch: its mean loss, number of images, correct ones (None: not counted)."""
+        self.seen += 1
         self.images += images
+        self.loss_sum += loss.detach() * images
         if hits is not None:
-            self.hits, self.counted = self.hits + hits, True
-        self.progress.show(f"epoch {self.epoch}", self.images / self.share)
+            self.hits, self.counted = self.hits + hits, self.counted + images
+        self.progress.show(f"epoch {self.epoch}", self.seen / self.micro_batches)
 
     def finish(self, lr):
         """Print the epoch's line; returns its row of the log. UserError for a loss that is not finite."""
         seconds = time.perf_counter() - self.started
-        loss, images, hits = cli.sum_over_processes(float(self.loss_sum), self.images, int(self.hits))
+        loss, images, hits, counted = cli.sum_over_processes(
+            float(self.loss_sum), self.images, int(self.hits), self.counted)
         if not math.isfinite(loss):
             raise UserError(f"the loss is {loss} in epoch {self.epoch}; what was saved before is kept: try "
                             "a lower --base-lr")
         row = dict(epoch=self.epoch, loss=f"{loss / images:.6f}", accuracy="", lr=f"{lr:.3e}",
                    images_per_second=f"{images / seconds:.1f}")
         accuracy = ""
-        if self.counted:
-            row["accuracy"] = f"{100 * hits / images:.2f}"
-            accuracy = f"accuracy {100 * hits / images:5.1f}%  "
+        if counted:
+            row["accuracy"] = f"{100 * hits / counted:.2f}"
+            accuracy = f"accuracy {100 * hits / counted:5.1f}%  "
         left = seconds * (self.epochs - self.epoch)
         self.progress.clear()
         print(f"epoch {self.epoch:4d}/{self.epochs}  loss {loss / images:7.4f}  {accuracy}lr {lr:.1e}  "

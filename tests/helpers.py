@@ -91,14 +91,14 @@ class Linear(nn.Module):
 @functools.cache
 def linear_on_digits():
     """A linear classifier fitted by least squares on the training digits; 100 test digits, labels."""
-    images, labels = data.load_dataset("digits", "train", 32).tensors
+    images, labels, _ = data.load_images("digits", "train", 32)
     x = torch.cat([images.flatten(1), torch.ones(len(images), 1)], dim=1).double()
     ridge = x.T @ x + 10 * torch.eye(x.shape[1])
     weights = torch.linalg.solve(ridge, x.T @ F.one_hot(labels).double())
     layer = nn.Linear(3072, 10)
     layer.weight.data, layer.bias.data = 10 * weights[:-1].T.float(), 10 * weights[-1].float()
-    test_set = data.load_dataset("digits", "test", 32)
-    return nn.Sequential(nn.Flatten(), layer), data.evenly_spread(test_set, 100).tensors
+    test_images, test_labels, _ = data.load_images("digits", "test", 32, count=100)
+    return nn.Sequential(nn.Flatten(), layer), (test_images, test_labels)
 
 
 class RunsCode:
@@ -172,8 +172,8 @@ def run(script, *arguments):
     """A stage or study in this process, on the CPU: python SCRIPT.py ARGUMENTS."""
     out, err, code = io.StringIO(), io.StringIO(), 0
     argv = [f"{script}.py", *map(str, arguments)]
-    run_module.digest_of_file.cache_clear()  # a test may have edited a file
-    if "--device" not in argv and script not in ("studies.plot", "studies.ship"):
+    run_module._imported.clear()  # as in a new process: a test may have edited a file
+    if "--device" not in argv and script not in ("studies.plot", "studies.ship", "studies.convert"):
         argv += ["--device", "cpu"]
     with contextlib.ExitStack() as stack:
         stack.enter_context(mock.patch("sys.argv", argv))
@@ -254,14 +254,14 @@ def kill_after_first_save(script, flags, folder):
 
 @contextlib.contextmanager
 def cut_after(epoch):
-    """End a training, as Ctrl-C does, after it has saved this epoch."""
-    save = run_module.Run.save
+    """End a training, as Ctrl-C does, after it has saved this epoch (0: before the first)."""
+    save = run_module.save
 
-    def save_and_stop(this_run, number, *arguments):
-        save(this_run, number, *arguments)
-        if number == epoch:
+    def save_and_stop(folder, checkpoint, *arguments, **parts):
+        save(folder, checkpoint, *arguments, **parts)
+        if checkpoint["epoch"] == epoch:
             raise KeyboardInterrupt
-    with mock.patch.object(run_module.Run, "save", save_and_stop):
+    with mock.patch.object(run_module, "save", save_and_stop):
         yield
 
 
@@ -276,7 +276,7 @@ def assert_same_run(one, other):
     CHECK.assertEqual((a["epoch"], list(a["model"])), (b["epoch"], list(b["model"])))
     for name, value in a["model"].items():
         CHECK.assertTrue(torch.equal(value, b["model"][name]), name)
-    states = [checkpoint["optimizer"]["state"] for checkpoint in (a, b)]
+    states = [checkpoint["resume"]["optimizer"]["state"] for checkpoint in (a, b)]
     CHECK.assertEqual(*[list(state) for state in states])
     for number, moments in states[0].items():
         for name, value in moments.items():
@@ -327,20 +327,19 @@ def photo_flags(folder=None):
     return "--data", folder or photos(), "--size", "tiny", "--workers", 0
 
 
-def training(epochs=1, batch_size=8, warmup=0, base_lr=0.04):
+def training(epochs=1, batch_size=8, base_lr=0.04):
     """The flags of a short training."""
-    return ("--epochs", epochs, "--batch-size", batch_size, "--warmup-epochs", warmup,
-            "--base-lr", base_lr)
+    return "--epochs", epochs, "--batch-size", batch_size, "--base-lr", base_lr
 
 
 @functools.cache
 def digits_runs():
     """Short default runs on the digits: (their folder, with nim, de3 and clean in it, the Results)."""
     folder = new_folder()
-    results = [finished(run("pretrain", *training(3, 32, 1), "--out", folder / "nim"))]
+    results = [finished(run("pretrain", *training(3, 32), "--out", folder / "nim"))]
     for mode in ("de3", "clean"):
         results.append(finished(run("finetune", "--mode", mode, "--autoencoder", folder / "nim",
-                                    *training(4, 32, 1))))
+                                    *training(4, 32))))
     return folder, results
 
 
@@ -348,8 +347,7 @@ def digits_runs():
 def photo_autoencoder(task="nim", epochs=1):
     """Folder of a pretraining run on the photos, named by its task. It is not written to again."""
     folder = new_folder() / task
-    finished(run("pretrain", "--task", task, *training(epochs, warmup=epochs // 5), *photo_flags(),
-                 "--out", folder))
+    finished(run("pretrain", "--task", task, *training(epochs), *photo_flags(), "--out", folder))
     return folder
 
 
