@@ -44,9 +44,9 @@ RECIPES = {  # the paper's from base on; tiny and small were chosen on validatio
     "large": {**PAPER, "epochs": 50, "warmup_share": 0.1},
     "huge": {**PAPER, "epochs": 50, "warmup_share": 0.1, "drop_path": 0.2},
 }
-FEW = 10_000  # photographs: with fewer, the paper's augmentation hinders
+FEW = 10_000  # photographs: with fewer, the paper's augmentation and mixing hinder
 ENCODER = ("image_size", "patch_size", "embed_dim", "depth", "num_heads", "mean", "std")  # a ViT's config
-CODE = ("model.py", "support/training.py", "finetune.py", "attack.py")  # what decides the weights
+CODE = ("model.py", "support/training.py", "finetune.py")  # what decides the weights
 
 
 def arguments(argv=None):
@@ -112,14 +112,18 @@ def settle(args, pretraining, dataset, device):
 def choose_augmentation(args, train, dataset, config):
     """(what augments a batch, or None; what mixes images and labels, or None).
 
-    Images in memory are augmented as their data set says. Photographs, if there are enough, get the paper's
-    augmentation as they are loaded; with fewer there is none, nor label smoothing, and args say so.
+    Images in memory are augmented as their data set says. Photographs are augmented as they are loaded: as in
+    the paper if there are enough, else by a crop and a flip, without mixing. args.augmentation says which.
     """
     if data.in_memory(train):
-        return dataset.finetune_augment if args.augment else None, None
+        augment = dataset.finetune_augment if args.augment else None
+        args.augmentation = getattr(augment, "__name__", str(augment))
+        return augment, None
     if len(train) < FEW:
-        args.augment, args.label_smoothing = False, 0.0
+        args.augmentation = "gentle"
+        train.transform = training.gentle_transform(config["image_size"])
         return None, None
+    args.augmentation = "paper"
     train.transform = training.finetune_transform(config["image_size"], config["mean"], config["std"])
     if args.adversarial is not None:
         return None, None
@@ -190,12 +194,13 @@ def main(argv=None):
         name, level = args.mode, args.sigma or DEFENSES[args.mode].trained_at
         tested.check_task(name, autoencoder, pretraining, args.autoencoder)
         defended = DEFENSES[name](autoencoder, classifier, level)
+    code = CODE if args.adversarial is None else (*CODE, "attack.py")
     if saved:
         checkpoint = saved
-        run.restore(checkpoint, args, CODE, train, model=classifier, optimizer=optimizer)
+        run.restore(checkpoint, args, code, train, model=classifier, optimizer=optimizer)
     else:
         held = pretraining if name and DEFENSES[name].task else None
-        checkpoint = run.begin(args, "classifier", CODE, config, dataset, train, defense=name, level=level,
+        checkpoint = run.begin(args, "classifier", code, config, dataset, train, defense=name, level=level,
                                autoencoder=held)
         run.save(args.out, checkpoint, defended, heldout[:8], model=classifier, optimizer=optimizer)
 

@@ -129,7 +129,8 @@ def add_noise(images, sigma, noise=None):
     Raises UserError for a sigma that is negative or not finite.
     """
     sigma = torch.as_tensor(sigma)
-    if not sigma.is_cuda and not ((sigma >= 0) & sigma.isfinite()).all():  # a GPU would have to wait
+    can_be_checked = not (sigma.is_cuda or torch.compiler.is_compiling())  # a GPU would have to wait
+    if can_be_checked and not ((sigma >= 0) & sigma.isfinite()).all():
         raise UserError(f"sigma must be finite and not negative, not {sigma.tolist()}")
     sigma = sigma.to(images).view(-1, 1, 1, 1)
     if noise is None:
@@ -403,7 +404,12 @@ def make_classifier(arch="vit", **config):
 # ------------------------------------------------------------------------------------ the defenses
 
 def check_images(images):
-    """UserError unless images are a float tensor [B, C, H, W] within [0, 1] (1e-6 tolerated)."""
+    """UserError unless images are a float tensor [B, C, H, W] within [0, 1] (1e-6 tolerated).
+
+    Not checked in torch.compile and torch.export, whose graphs cannot depend on the values of pixels.
+    """
+    if torch.compiler.is_compiling():
+        return
     if not torch.is_tensor(images) or not images.is_floating_point() or images.dim() != 4:
         raise UserError("images must be a floating-point tensor [B, C, H, W] in [0, 1]")
     if not images.numel():

@@ -203,7 +203,8 @@ class DataSet(NamedTuple):
 
 PAPER = dict(size="base", pretrain_sigma="gamma:25,3", finetune_sigma="uniform:0,30",
              test_sigmas=(0, 35, 70, 140), eps=4 / 255, attack_eps=(4 / 255, 8 / 255),
-             mean=IMAGENET_MEAN, std=IMAGENET_STD)
+             mean=IMAGENET_MEAN, std=IMAGENET_STD,  # the augmentations are for --size small
+             pretrain_augment=training.crop_and_flip, finetune_augment=training.crop_and_flip)
 COLOR = dict(size="small", pretrain_sigma="gamma:10,8", finetune_sigma="uniform:0,60",
              test_sigmas=(0, 50, 100), eps=4 / 255, attack_eps=(4 / 255, 8 / 255),
              mean=(0.4914, 0.4822, 0.4465), std=(0.2470, 0.2435, 0.2616),

@@ -22,6 +22,13 @@ def pretrain_transform(image_size):
         transforms.RandomHorizontalFlip(), transforms.ToTensor()])
 
 
+def gentle_transform(image_size):
+    """RandomResizedCrop(0.5..1, bicubic) and flip, for few photographs."""
+    return transforms.Compose([
+        transforms.RandomResizedCrop(image_size, (0.5, 1), interpolation=InterpolationMode.BICUBIC),
+        transforms.RandomHorizontalFlip(), transforms.ToTensor()])
+
+
 def finetune_transform(image_size, mean, std):
     """RandomResizedCrop(0.08..1), flip, RandAugment, erasing 0.25, all as in MAE's recipe.
 
