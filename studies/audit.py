@@ -44,8 +44,7 @@ def predicted_and_actual_gain(defense, images, labels, step=1 / 255):
     seed = torch.randint(2**31, ()).item()
 
     def margins(x):
-        with torch.random.fork_rng():
-            torch.manual_seed(seed)
+        with cli.repeated_draws(seed):
             return margin(defense(x), labels)
     with torch.enable_grad():
         x = images.clone().requires_grad_()

@@ -51,16 +51,17 @@ def draws_gaussian_noise_once(defense, image):
     What it makes of the image is compared with what it makes of this ε when it is given: a defense that
     draws again, in rounds or elsewhere, or adds something else, differs.
     """
-    with torch.no_grad(), torch.random.fork_rng():
-        torch.manual_seed(0)
-        drawn = defense.purify(image[None])
-        torch.manual_seed(0)
-        defense.sigma.draw(1, image.device)
-        given = copy.copy(defense)
-        given.noise = torch.randn_like(image[None])[0]
+    given = copy.copy(defense)
+    with torch.no_grad():
+        with cli.repeated_draws(seed=0):
+            drawn = defense.purify(image[None])
+        with cli.repeated_draws(seed=0):
+            defense.sigma.draw(1, image.device)
+            given.noise = torch.randn_like(image[None])[0]
+            made_of_it = given.purify(image[None])
         noisy = image + given.noise * defense.sigma.fixed / 255
         added = torch.allclose(given.add_noise(image[None])[0], noisy, atol=1e-5)
-        return added and torch.allclose(drawn, given.purify(image[None]), rtol=1e-3, atol=1e-4)
+        return added and torch.allclose(drawn, made_of_it, rtol=1e-3, atol=1e-4)
 
 
 def sees_the_noisy_image_alone(defense, images):
@@ -77,8 +78,7 @@ def sees_the_noisy_image_alone(defense, images):
         return noisy
     twin.add_noise = noisy_whatever_comes
     for x in (images, 1 - images):
-        with torch.no_grad(), torch.random.fork_rng():
-            torch.manual_seed(0)  # a classifier may be random
+        with torch.no_grad(), cli.repeated_draws(seed=0):  # a classifier may be random
             logits.append(twin(x))
         if len(given) != len(logits) or not torch.equal(given[-1], x):
             return False

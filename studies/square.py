@@ -8,6 +8,7 @@ import math
 import torch
 
 from attack import margin, project
+from support import cli
 
 DRAWS = 4  # of the model in each query
 
@@ -22,8 +23,7 @@ def square_search(model, images, labels, eps, queries, draws=DRAWS):
     quarter of the image to a few pixels. Returns adversarial images.
     """
     def mean_margin(x, seed):
-        with torch.random.fork_rng():
-            torch.manual_seed(seed)
+        with cli.repeated_draws(seed):
             return torch.stack([margin(model(x), labels) for _ in range(draws)]).mean(0)
     B, C, H, W = images.shape
 

@@ -1,6 +1,7 @@
 """Command line, device and processes: the flags that stages share, and how a script ends."""
 
 import argparse
+import contextlib
 import os
 import random
 import shlex
@@ -189,6 +190,17 @@ def seed_everything(seed):
     torch.manual_seed(seed)
     np.random.seed(seed % 2**32)
     random.seed(seed)
+
+
+@contextlib.contextmanager
+def repeated_draws(seed):
+    """Inside, all random numbers follow from this seed; afterwards they go on as if nothing had been drawn."""
+    numpy_state, python_state = np.random.get_state(), random.getstate()
+    with torch.random.fork_rng():
+        seed_everything(seed)
+        yield
+    np.random.set_state(numpy_state)
+    random.setstate(python_state)
 
 
 def autocast(bf16, device):

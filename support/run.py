@@ -316,8 +316,7 @@ def check(folder, whole, probe):
     answers = []
     for model in (whole, build_whole(read(folder), probe.device)):
         model.eval()
-        with torch.no_grad(), torch.random.fork_rng():
-            torch.manual_seed(0)
+        with torch.no_grad(), cli.repeated_draws(seed=0):
             is_autoencoder = hasattr(model, "reconstruct")
             answers.append(model.reconstruct(probe, probe) if is_autoencoder else model(probe))
     if not torch.allclose(*answers, rtol=1e-3, atol=1e-4):

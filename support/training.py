@@ -79,7 +79,7 @@ def seed_epoch(seed, epoch):
 
     Each process draws its own noise; the order of the images is data.TrainingOrder's.
     """
-    torch.manual_seed((seed * 1_000_003 + epoch + 1) * 1_009 + cli.rank())
+    cli.seed_everything((seed * 1_000_003 + epoch + 1) * 1_009)
 
 
 def initialize(model, other, source):
