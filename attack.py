@@ -237,6 +237,18 @@ def needs_eot(model, images):
     return not torch.allclose(first, second, rtol=1e-3, atol=1e-4)
 
 
+def say_one_answer(entry, images, labels, classes, batch):
+    """The class that a model gives for all of these images, of all processes, with a note; or ""."""
+    with torch.no_grad():
+        predicted = in_batches(lambda x, y: entry.model(x).argmax(1), images, labels, batch)
+    counts = cli.sum_over_processes(*predicted.bincount(minlength=len(classes)).tolist())
+    if max(counts) < sum(counts) or sum(counts) < 2:
+        return ""
+    answer = classes[counts.index(max(counts))]
+    print(f"note: {entry.name} answers {answer} for all {sum(counts):.0f} images: its accuracy is that class's share")
+    return answer
+
+
 def check_adversarial(adversarial, images, eps, norm):
     """Stop the run unless every adversarial image lies in the ball and in [0, 1]."""
     check_images(adversarial)
@@ -356,7 +368,7 @@ def main(argv=None):
     args = arguments(argv)
     device = cli.open_device(args.device)
     entries = tested.load_entries(args, device)
-    images, labels, _ = tested.load_test_images(args, entries, device)
+    images, labels, classes = tested.load_test_images(args, entries, device)
     total, pixels = len(images), data.digest(images, labels)
     images, labels = tested.own_share(images, labels)
     batch, table, progress = min(BATCH, args.max_batch), args.out / "attack.csv", cli.Progress()
@@ -369,35 +381,42 @@ def main(argv=None):
           f"accuracy in % [95% interval]; at most about {cli.minutes(most_seconds)} minutes\n\n"
           f"{'run and level':{width}} {'eps':>7}  {'attack':{name_width}} {'steps':>5} {'EOT':>3} {'clean':>19} "
           f"{'robust':>19} {'seconds':>8}")
-    clean_of = {}
+    clean_of, measured = {}, report.read_rows(table)
     for cell in cells:
-        entry, draws = cell.entry, DRAWS if cell.random else 1
+        entry, draws, settings = cell.entry, DRAWS if cell.random else 1, cell.settings
         ball, started = in_units(cell.eps, args.norm), time.perf_counter()
         with cli.autocast(args.bf16, device):
             if entry.name not in clean_of:
                 cli.seed_everything(args.seed)
-                clean_of[entry.name] = percent(in_batches(lambda x, y: accuracy(entry.model, x, y, draws),
-                                                          images, labels, batch))
-            robust = percent(measure(cell, args, images, labels, batch, lambda done: progress.show(
-                f"{entry.name}, {ball}, {cell.attack}", done)))
-        clean, seconds = clean_of[entry.name], time.perf_counter() - started
+                right = in_batches(lambda x, y: accuracy(entry.model, x, y, draws), images, labels, batch)
+                one_answer = say_one_answer(entry, images, labels, classes, batch)
+                clean_of[entry.name] = percent(right), one_answer
+            clean, one_answer = clean_of[entry.name]
+            what = dict(
+                level=entry.level, value=entry.value, attack=cell.attack, norm=args.norm, eps=f"{cell.eps:.6g}",
+                steps=settings["steps"], step_size=f"{settings['step_size']:.6g}", restarts=settings["restarts"],
+                eot=settings["eot"], loss="+".join(cell.losses), threat=args.threat, reading="one shot",
+                draws=draws, split=args.split, images=total, pixels=pixels, trained_on=args.trained_on,
+                one_answer=one_answer, attack_seed=args.seed, precision="bf16" if args.bf16 else "fp32",
+                weights=run.fingerprint(entry.model), code=run.digest_of_files(CODE))
+            old = report.find_row(measured, what)
+            if old:  # by the same code, weights, images and settings
+                robust, seconds = float(old["robust_accuracy"]), "kept"
+            else:
+                shares = measure(cell, args, images, labels, batch, lambda done: progress.show(
+                    f"{entry.name}, {ball}, {cell.attack}", done))
+                robust, seconds = percent(shares), f"{time.perf_counter() - started:.1f}"
         progress.clear()
-        print(f"{entry.name:{width}} {ball:>7}  {cell.attack:{name_width}} {cell.settings['steps']:5} "
-              f"{cell.settings['eot']:3} {report.interval(clean, total):>19} "
-              f"{report.interval(robust, total):>19} {seconds:8.1f}", flush=True)
+        print(f"{entry.name:{width}} {ball:>7}  {cell.attack:{name_width}} {settings['steps']:5} "
+              f"{settings['eot']:3} {report.interval(clean, total):>19} {report.interval(robust, total):>19} "
+              f"{seconds:>8}", flush=True)
         if robust > clean + 1:
             print("note: more images are right under attack than without one: this attack does not work here")
-        report.append_row(table, dict(
-            defense=entry.name, run=entry.folder, level=entry.level, value=entry.value, attack=cell.attack,
-            norm=args.norm, eps=f"{cell.eps:.6g}", steps=cell.settings["steps"],
-            step_size=f"{cell.settings['step_size']:.6g}", restarts=cell.settings["restarts"],
-            eot=cell.settings["eot"], loss="+".join(cell.losses), threat=args.threat, reading="one "
-                "shot", draws=draws,
-            data=args.data, split=args.split, images=total, pixels=pixels, attack_seed=args.seed,
-            precision="bf16" if args.bf16 else "fp32", clean_accuracy=f"{clean:.2f}",
-            robust_accuracy=f"{robust:.2f}", seconds=f"{seconds:.1f}",
-            weights=run.fingerprint(entry.model), code=run.digest_of_files(CODE), commit=run.commit()))
-    print(f"\nwrote {table}")
+        if not old:
+            report.append_row(table, dict(
+                defense=entry.name, run=entry.folder, data=args.data, **what, clean_accuracy=f"{clean:.2f}",
+                robust_accuracy=f"{robust:.2f}", seconds=seconds, commit=run.commit()))
+    print(f"\nthe table is {table}; is the attack strong enough? python -m studies.audit")
 
 
 if __name__ == "__main__":

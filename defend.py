@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from torchvision.utils import save_image
 
-from attack import accuracy, in_batches, needs_eot, percent, pgd
+from attack import accuracy, in_batches, needs_eot, percent, pgd, say_one_answer
 from support import cli, data, report, tested
 
 PICTURED = 8  # test images in defend.png
@@ -45,7 +45,11 @@ def arguments(argv=None):
 def purify_photos(args, entries, device):
     """Label and confidence of each file under each defense; purified images are written."""
     folder = args.out / "purified"
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        print(f"note: purified images are not kept ({error}): name a folder with --out")
+        folder = None
     image_size = entries[0].checkpoint["config"]["image_size"]
     photos = [(path, data.to_size(data.read_image(path), image_size)) for path in args.photos]
     for path, pixels in photos:
@@ -54,15 +58,16 @@ def purify_photos(args, entries, device):
             cli.seed_everything(args.seed)
             confidence, label = entry.model(image).float().softmax(1)[0].max(0)
             print(f"{path}  {entry.name}: {entry.checkpoint['classes'][label]} ({100 * confidence:.1f}%)")
-            if entry.defense is not None:
+            if entry.defense is not None and folder:
                 cli.seed_everything(args.seed)  # the picture shows the draw that was classified
                 level = entry.level.replace("σ = ", "sigma").replace(" ", "")
                 parts = [path.resolve().parent.name, path.stem, Path(entry.folder).name, level]
                 save_image(entry.defense.purify(image), folder / f"{'_'.join(parts)}.png")
-    print(f"purified images are in {folder}/")
+    if folder:
+        print(f"purified images are in {folder}/")
 
 
-def print_clean_accuracy(args, entries, images, labels):
+def print_clean_accuracy(args, entries, images, labels, classes):
     """A table: accuracy on clean images, and PSNR of what the classifier sees, over sigma."""
     total, width = len(images), max(len(entry.name) for entry in entries)
     images, labels = tested.own_share(images, labels)
@@ -80,6 +85,7 @@ def print_clean_accuracy(args, entries, images, labels):
                                       args.max_batch)
             quality = f"{percent(decibels) / 100:.2f}"
         print(f"{entry.name:{width}}  {correct:16.1f}  {quality:>7}  {total / seconds:8.0f}", flush=True)
+        say_one_answer(entry, images, labels, classes, args.max_batch)
 
 
 def draw_defense(path, args, eps, undefended, defense, images, labels, classes):
@@ -116,14 +122,14 @@ def main(argv=None):
                 purify_photos(args, entries, device)
             return
         images, labels, classes = tested.load_test_images(args, entries, device)
-        print_clean_accuracy(args, entries, images, labels)
+        print_clean_accuracy(args, entries, images, labels, classes)
 
         # the picture: the defense at its middle level, beside the undefended classifier
         defended = [entry for entry in entries if entry.defense is not None]
         undefended = [entry for entry in entries if entry.defense is None]
         if not defended or cli.rank() > 0:
             return
-        chosen, few = defended[len(defended) // 2], data.evenly_spread(len(images), PICTURED)
+        chosen, few = defended[len(defended) // 2], slice(PICTURED)
         eps = chosen.checkpoint["data"]["eps"] if args.eps is None else args.eps
         draw_defense(args.out / "defend.png", args, eps, (undefended or defended)[0].classifier,
                      chosen.defense, data.as_floats(images[few]), labels[few], classes)

@@ -67,19 +67,18 @@ def arguments(argv=None):
     return cli.parse(parser, argv)
 
 
-def settle_names(args):
-    """What the run is, and where it lies: --mode, --autoencoder and --out, if they are not given."""
-    args.arch = args.arch or "vit"
+def mode_of(args, source):
+    """--mode; by default what suits the autoencoder in the folder `source`, or clean for --adversarial."""
+    if args.mode or args.adversarial is not None:
+        return args.mode or "clean"
+    pretraining = run.read(source, "autoencoder") if (source / "checkpoint.pt").exists() else {}
+    return "mim" if pretraining.get("task") == "mim" else "de3"
+
+
+def settle_names(args, source):
+    """What a new run is, and what it starts from: --mode, --arch and --autoencoder, if they are not given."""
+    args.mode, args.arch = mode_of(args, source), args.arch or "vit"
     args.from_scratch = bool(args.from_scratch or args.arch != "vit")
-    source = args.autoencoder or Path("runs", data.short_name(args.data or "digits"), "nim")
-    if args.mode is None and args.adversarial is not None:
-        args.mode = "clean"
-    elif args.mode is None:
-        pretraining = run.read(source, "autoencoder") if (source / "checkpoint.pt").exists() else {}
-        args.mode = "mim" if pretraining.get("task") == "mim" else "de3"
-    name = args.mode if args.adversarial is None else "adversarial"
-    beside = Path("runs", data.short_name(args.data)) if args.data else source.parent
-    args.out = args.out or beside / name
     needs_decoder = args.mode != "clean" and DEFENSES[args.mode].task is not None
     needs_encoder = not (args.from_scratch or args.init)
     if needs_decoder or needs_encoder:
@@ -136,8 +135,13 @@ def main(argv=None):
     # the run: what there is of it, or the autoencoder it starts from, and its settings
     args = arguments(argv)
     device = cli.open_device(args.device)
-    settle_names(args)
+    source = args.autoencoder or Path("runs", data.short_name(args.data or "digits"), "nim")
+    if args.out is None:
+        beside = Path("runs", data.short_name(args.data)) if args.data else source.parent
+        args.out = beside / (mode_of(args, source) if args.adversarial is None else "adversarial")
     saved = run.find(args, "classifier")  # None: a new run; else what --resume goes on with
+    if saved is None:
+        settle_names(args, source)
     autoencoder, pretraining = None, None
     if saved is None and args.autoencoder:
         autoencoder, pretraining = run.load(args.autoencoder, "autoencoder", device)

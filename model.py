@@ -20,6 +20,7 @@ from torch import nn
 from torchvision.models import resnet18
 from torchvision.ops import StochasticDepth
 from torchvision.transforms import Normalize
+from torchvision.transforms.functional import gaussian_blur
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 DECODER = dict(decoder_embed_dim=512, decoder_depth=8, decoder_num_heads=16)
@@ -368,8 +369,54 @@ class Classifier(ViT):
         return self.head(self.fc_norm(patches.mean(dim=1)))
 
 
-AUTOENCODERS = {  # pretrain.py --arch
+class LinearFilter(nn.Module):
+    """The Wiener filter of a set of images: the linear map that denoises them best at one sigma.
+
+    In the basis of the principal components v of the images, of variance λ, each component is scaled by
+    λ / (λ + (sigma/255)²). Nothing is trained: studies.wiener computes it. components: how many are kept.
+    """
+
+    def __init__(self, image_size, mean, std, components, sigma, **others):
+        super().__init__()
+        values = len(mean) * image_size**2
+        self.sigma = sigma
+        self.register_buffer("center", torch.zeros(values))  # the mean image
+        self.register_buffer("variances", torch.ones(components))  # λ
+        self.register_buffer("directions", torch.zeros(values, components))  # v, one a column
+
+    def reconstruct(self, noisy, reference):
+        """Denoised images, not clamped; the reference is not used."""
+        gains = self.variances / (self.variances + (self.sigma / 255) ** 2)
+        coordinates = (noisy.flatten(1) - self.center) @ self.directions
+        denoised = self.center + (gains * coordinates) @ self.directions.T
+        return denoised.view_as(noisy)
+
+    def forward(self, images, noisy):
+        """The mean squared error of the denoised images."""
+        return (self.reconstruct(noisy, images) - images).square().mean()
+
+
+class Blur(nn.Module):
+    """A Gaussian blur of the given width, in pixels, in the denoiser's place: it knows nothing of images."""
+
+    def __init__(self, width, **others):
+        super().__init__()
+        self.width = width
+
+    def reconstruct(self, noisy, reference):
+        """Blurred images; the reference is not used."""
+        kernel_size = 2 * math.ceil(3 * self.width) + 1
+        return gaussian_blur(noisy, kernel_size, self.width)
+
+    def forward(self, images, noisy):
+        """The mean squared error of the blurred images."""
+        return (self.reconstruct(noisy, images) - images).square().mean()
+
+
+AUTOENCODERS = {  # pretrain.py --arch trains the first; studies.wiener makes the others
     "vit": Autoencoder,
+    "wiener": LinearFilter,
+    "blur": Blur,
 }
 
 

@@ -31,6 +31,7 @@ RECIPES = {  # the paper's from base on; tiny and small were chosen on validatio
 MASK_RATIO = 0.75  # of MIM; its loss is over masked patches only
 NORM_PIX_FROM = 14  # pixels of a patch: from here on target patches are normalized by default
 SIGMAS, MASK_RATIOS = (25, 50, 75, 100, 150), (0.25, 0.5, 0.75)  # where the result is shown
+TRAINED = [name for name in AUTOENCODERS if name not in ("wiener", "blur")]  # --arch: those with weights
 CODE = ("model.py", "support/training.py", "pretrain.py")  # what decides the weights
 
 
@@ -43,7 +44,7 @@ def arguments(argv=None):
         f"{SIGMA_HELP}; default: the data set's, gamma:25,3 in the paper")
     add("--norm-pix", action=argparse.BooleanOptionalAction, help="normalize each target patch; default: "
         "only at patches of 14 pixels and more")
-    add("--arch", choices=AUTOENCODERS, help="what denoises, default vit")
+    add("--arch", choices=TRAINED, help="what denoises, default vit")
     add("--init", type=cli.folder, metavar="RUN", help="start from this run's weights instead of random ones")
     return cli.parse(parser, argv)
 
@@ -95,9 +96,9 @@ def main(argv=None):
     # the run: its settings, and what there is of it
     args = arguments(argv)
     device = cli.open_device(args.device)
-    args.data, args.task = args.data or "digits", args.task or "nim"
-    args.out = args.out or Path("runs", data.short_name(args.data), args.task)
+    args.out = args.out or Path("runs", data.short_name(args.data or "digits"), args.task or "nim")
     saved = run.find(args, "autoencoder")  # None: a new run; else what --resume goes on with
+    args.data, args.task = args.data or "digits", args.task or "nim"
     dataset = data.about(args.data)
     if saved is None:
         settle(args, dataset, device)

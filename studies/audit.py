@@ -68,6 +68,7 @@ def audit(defense, images, labels, eps, steps, eot, draws, max_batch, others=(),
     images are tried on the defense; show(name, figures, holds) is told of each check when it is done.
     """
     checks = []
+    defense = getattr(defense, "_orig_mod", defense)  # of torch.compile: what is copied is the module in it
     random = needs_eot(defense, images[:max_batch])
     if not random:
         eot = draws = 1

@@ -37,6 +37,7 @@ from support import cli, data, report, run, tested
 TRIES, KNOWN_NOISES = 10, 3
 COLUMN = 17  # width of a column of the printed table
 CODE = ("model.py", "attack.py", "studies/compare.py")  # what decides a cell
+NOT_MEASURED = ("defense", "run", "data", "commit")  # what may differ between two rows of one cell
 MEASURED = ("clean", "gray_box", "no_eot", "one_shot", "ten_tries", "noise_known", "l2", "l2_twice",
             "clean_ten_tries", "clean_noise_known")
 
@@ -69,6 +70,7 @@ def measure(model, images, labels, eps, l2, steps, eot, seed, batch, every=1, sh
     every so many images only. "noise known" is left out where a defense takes no noise that it is given; a
     note says so if it has one.
     """
+    model = getattr(model, "_orig_mod", model)  # of torch.compile: what is copied is the module in it
     few = data.as_floats(images[:batch])
     random = needs_eot(model, few)
     knows_noise = random and takes_known_noise(model, few)
@@ -149,17 +151,6 @@ def print_table(rows, heading):
         print(f"{name:{width}} {level:>9}  " + "  ".join(f"{text:>{COLUMN}}" for text in texts))
 
 
-def same_cell(measured, row):
-    """The row that was measured for the same weights, code, images and settings, or None.
-
-    A column that an old table lacks is empty, and so is no match.
-    """
-    for old in measured:
-        if all(old.get(name, "") == value for name, value in row.items() if name not in ("defense", "run")):
-            return old
-    return None
-
-
 def arguments(argv=None):
     parser = cli.stage_parser("python -m studies.compare", __doc__)
     add = parser.add_argument
@@ -225,9 +216,8 @@ def main(argv=None):
                    norm="linf", eps=f"{eps:.6g}", l2_radius=f"{args.l2:g}", steps=args.steps, eot=args.eot,
                    attack_seed=args.seed, precision="bf16" if args.bf16 else "fp32",
                    weights=run.fingerprint(entry.model), code=run.digest_of_files(CODE), commit=run.commit())
-        row = {name: "" if value is None else str(value) for name, value in row.items()}
-        key = {name: value for name, value in row.items() if name not in ("data", "commit")}
-        old = same_cell(measured, key)
+        row = {name: report.as_text(value) for name, value in row.items()}
+        old = report.find_row(measured, {name: value for name, value in row.items() if name not in NOT_MEASURED})
         if old:
             rows.append({**old, "defense": line.name})
             continue

@@ -14,6 +14,7 @@ of its classes in their order (the folders of FOLDER/val).
 import argparse
 import math
 import re
+import zipfile
 
 import numpy as np
 import torch
@@ -44,6 +45,8 @@ def read_weights(path):
     if not path.is_file():
         raise UserError(f"there is no file {path}")
     try:
+        if zipfile.is_zipfile(path) and zipfile.ZipFile(path).testzip():  # older files have no checksums
+            raise zipfile.BadZipFile("a checksum differs")
         with torch.serialization.safe_globals(allowed):
             return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load of a damaged file raises many kinds
@@ -135,11 +138,9 @@ def convert(args):
           + (f", pretrained by {args.task.upper()}, norm_pix "
              f"{config['norm_pix']}" if args.kind == "autoencoder"
              else "; its classes: " + ", ".join(classes[:10]) + (" ..." if len(classes) > 10 else "")))
-    facts = dict(name=args.data, images=0, test_sigmas=list(dataset.test_sigmas), eps=dataset.eps,
-                 attack_eps=list(dataset.attack_eps), finetune_sigma=dataset.finetune_sigma)
     settings = dict(size=args.size or dataset.size, data=args.data, seed=0)
-    return dict(kind=args.kind, config=config, settings=settings, data=facts, classes=classes, task=args.task,
-                defense="", level=None, autoencoder=None, epoch=1, epochs=1, log=[],
+    return dict(kind=args.kind, config=config, settings=settings, data=run.facts(args.data, dataset),
+                classes=classes, task=args.task, defense="", level=None, autoencoder=None, epoch=1, epochs=1, log=[],
                 made_by=[run.origin(args.command, ())], model=model.state_dict())
 
 
@@ -165,15 +166,8 @@ def arguments(argv=None):
 def main(argv=None):
     args = arguments(argv)
     checkpoint = convert(args)
-    args.out.mkdir(parents=True, exist_ok=True)
-    path = args.out / "checkpoint.pt"
-    try:
-        with open(path, "xb") as file:
-            torch.save(checkpoint, file)
-    except FileExistsError:
-        raise UserError(f"{args.out} holds a run: name another folder with --out") from None
-    run.load(args.out, args.kind)
-    print(f"wrote {path}")
+    run.write_new(args.out, checkpoint)
+    print(f"the run is in {args.out}")
 
 
 if __name__ == "__main__":

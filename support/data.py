@@ -278,34 +278,47 @@ def open_split(dataset, split, image_size):
     return opened
 
 
-def evenly_spread(total, count):
-    """The indices of at most `count` of `total` items, evenly spread (a folder lists class by class)."""
-    count = min(count, total)
-    return [i * total // count for i in range(count)]
+def choose(labels, count=None):
+    """The indices of `count` images (default: all): a fixed shuffled choice, spread over the classes.
+
+    It depends on the labels alone and is the same for every stage, table and machine; a smaller choice is the
+    beginning of a larger one.
+    """
+    labels = labels.numpy()
+    shuffled = np.random.RandomState(0).permutation(len(labels))  # NumPy keeps these numbers for good
+    share = np.empty(len(labels))  # of its class that an image completes, in shuffled order
+    for label in np.unique(labels):
+        of_class = shuffled[labels[shuffled] == label]
+        share[of_class] = (np.arange(len(of_class)) + 0.5) / len(of_class)
+    order = np.lexsort((labels, share))
+    return order[:count].tolist()
 
 
 def decode(dataset, image_size, indices):
     """These images of a data set of PIL images, as they are evaluated: bytes [N, 3, S, S] and labels [N]."""
-    progress = cli.Progress()
+    progress, as_they_are = cli.Progress(), 0
     images = torch.empty(len(indices), 3, image_size, image_size, dtype=torch.uint8)
     labels = torch.empty(len(indices), dtype=torch.long)
     for place, index in enumerate(indices):
         image, label = dataset[index]
         images[place], labels[place] = to_size(image, image_size), label
+        as_they_are += image.size == (image_size, image_size)
         progress.show(f"decoding image {place + 1} of {len(indices)}", (place + 1) / len(indices))
     progress.clear()
+    if as_they_are and image_size > SMALL:
+        print(f"note: {as_they_are} of {len(indices)} images have {image_size}x{image_size} pixels and are not "
+              "enlarged and cropped")
     return images, labels
 
 
 def load_images(dataset, split, image_size, classes=None, count=None):
     """Images [N, C, S, S] (bytes, or floats in [0, 1]), labels [N], and the names of the classes.
 
-    count: at most so many. classes: the order in which the labels count them, a classifier's; UserError
+    count: at most so many, see `choose`. classes: the order in which the labels count them, a classifier's; UserError
     if the data set has others.
     """
     whole = open_split(dataset, split, image_size)
-    labels = labels_of(whole)
-    chosen = evenly_spread(len(labels), count or len(labels))
+    chosen = choose(labels_of(whole), count)
     images, labels = whole[chosen] if in_memory(whole) else decode(whole, image_size, chosen)
     classes = list(classes or whole.classes)
     return images, in_order_of(classes, whole.classes, dataset)[labels], classes
@@ -323,6 +336,13 @@ def in_order_of(classes, own, dataset):
 def as_floats(images):
     """Bytes 0..255 as floats in [0, 1]; floats as they are."""
     return images.float() / 255 if images.dtype == torch.uint8 else images
+
+
+def digest_of_each(images):
+    """A number for each image, [N], which tells whether two images are the same."""
+    pixels = images.cpu().numpy()
+    digests = [hashlib.blake2b(image.tobytes(), digest_size=8).digest() for image in pixels]
+    return torch.from_numpy(np.frombuffer(b"".join(digests), dtype=np.int64).copy())
 
 
 def digest(*tensors):

@@ -55,6 +55,20 @@ def read_rows(path):
         return list(csv.DictReader(file, restval=""))
 
 
+def find_row(rows, what):
+    """The row that says the same in all these columns, {column: value}: what was measured before, or None."""
+    wanted = {name: as_text(value) for name, value in what.items()}
+    for row in rows:
+        if all(row.get(name) == value for name, value in wanted.items()):
+            return row
+    return None
+
+
+def as_text(value):
+    """A value as it stands in a CSV file."""
+    return "" if value is None else str(value)
+
+
 # ------------------------------------------------------------------------------------- pictures
 
 class Row(NamedTuple):

@@ -28,7 +28,7 @@ from pathlib import Path
 import torch
 
 from model import DEFENSES, Defense, UserError, make_autoencoder, make_classifier
-from support import cli
+from support import cli, data
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 # what decides no weights
@@ -116,12 +116,19 @@ def say_made_by_other_code(checkpoints):
         print(f"note: made by other code than that of today: {told}")
 
 
+def is_plain(value):
+    """Whether a value is a number or text, or a list of such, as the mean in torchvision's Normalize."""
+    if isinstance(value, (tuple, list)):
+        return all(map(is_plain, value))
+    return isinstance(value, (bool, int, float, str))
+
+
 def fingerprint(model):
     """Twelve hex digits of a model: the weights, buffers and plain attributes of all its parts."""
     sha = hashlib.sha256()
     for part in model.modules():
         settings = {name: value for name, value in vars(part).items()
-                    if isinstance(value, (bool, int, float, str)) and name not in OF_TRAINING}
+                    if is_plain(value) and name not in OF_TRAINING}
         sha.update(repr([type(part).__name__, sorted(settings.items())]).encode())
     for value in [*model.parameters(), *model.buffers()]:
         sha.update(value.detach().float().cpu().numpy().tobytes())
@@ -142,6 +149,8 @@ def read(folder, kind=None):
     path = Path(folder) / "checkpoint.pt"
     if not path.exists():
         stage = STAGES.get(kind, "finetune.py")
+        if stage == "finetune.py" and Path(folder).name == "clean":
+            stage += " --mode clean"
         raise UserError(f"{folder} holds no run (there is no {path}): make it with python {stage} --out "
                         f"{shlex.quote(str(folder))}, or name another run's folder")
     try:
@@ -239,11 +248,36 @@ def begin(args, kind, files, config, dataset, train, **more):
             raise UserError(f"another process has begun a run in {args.out}: name another folder with "
                             "--out") from None
     settings = {name: plain(value) for name, value in vars(args).items() if name not in NOT_SETTINGS}
-    facts = dict(name=args.data, images=len(train), test_sigmas=list(dataset.test_sigmas), eps=dataset.eps,
-                 attack_eps=list(dataset.attack_eps), finetune_sigma=dataset.finetune_sigma)
-    return dict(kind=kind, config=config, settings=settings, data=facts, classes=train.classes, epoch=0,
+    images = train.tensors[0] if data.in_memory(train) else None
+    about = facts(args.data, dataset, images, len(train))
+    return dict(kind=kind, config=config, settings=settings, data=about, classes=train.classes, epoch=0,
                 epochs=args.epochs, log=[], made_by=[dict(origin(args.command, files), from_epoch=1)],
                 threads=torch.get_num_threads(), world_size=cli.world_size(), **more)
+
+
+def facts(name, dataset, images=None, total=0):
+    """What a checkpoint says of the data it was trained on; dataset: a data.DataSet.
+
+    images: the training images, if they are in memory; total: how many, if they are not. Digests of each let
+    a test on them be noticed.
+    """
+    about = dict(name=name, images=total if images is None else len(images), eps=dataset.eps,
+                 test_sigmas=list(dataset.test_sigmas), attack_eps=list(dataset.attack_eps),
+                 finetune_sigma=dataset.finetune_sigma)
+    if images is not None:
+        about["digests"] = data.digest_of_each(images)
+    return about
+
+
+def write_new(folder, checkpoint):
+    """Write a finished run, that no stage has trained, into a folder that holds none; it is read back."""
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        with open(folder / "checkpoint.pt", "xb") as file:
+            torch.save(checkpoint, file)
+    except FileExistsError:
+        raise UserError(f"{folder} holds a run: name another folder with --out") from None
+    load(folder, checkpoint["kind"])
 
 
 def plain(value):

@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import NamedTuple
 
+import torch
 from torch import nn
 
 from model import DEFENSES, UserError
@@ -41,7 +42,8 @@ def evaluation_flags(parser, images, runs=DEFAULT_RUNS):
         "its classifier alone; default: the data set's. An undefended classifier is tested as it is")
     add("--data", type=data.dataset_name, help="other test images than the run's: " + data.DATA_HELP)
     add("--split", choices=data.SPLITS, help="default test; val for a FOLDER without test/")
-    add("--images", type=cli.count, default=images, help=f"how many, evenly spread; default {images}")
+    add("--images", type=cli.count, default=images, help=f"how many: the first of a fixed choice, spread over the "
+        f"classes; default {images}")
     add("--seed", type=int, default=0, help="of the noise and the attack, default 0")
     add("--out", type=cli.folder, help="folder for tables and pictures; default: the one the first run lies "
         "in")
@@ -146,7 +148,8 @@ def load_test_images(args, entries, device):
     """What --data, --split and --images ask for: images and labels on the device, the names of the classes.
 
     Images are bytes, or floats in [0, 1]; attack.in_batches makes floats of them. Says what a run was trained
-    on, where it is tested on something else. UserError for runs that cannot be tested on the same images.
+    on, where it is tested on something else, and how many of the images it was trained on (args.trained_on: the
+    most of any run). UserError for runs that cannot be tested on the same images.
     """
     if args.split is None:
         has_test = args.data in data.DATASETS or (Path(args.data) / "test").is_dir()
@@ -161,6 +164,12 @@ def load_test_images(args, entries, device):
             print(f"note: {folder} was trained on {checkpoint['data']['name']} and is tested on {args.data}")
     images, labels, classes = data.load_images(args.data, args.split, first["config"]["image_size"],
                                                first["classes"], args.images)
+    digests, args.trained_on = data.digest_of_each(images), 0
+    for folder, facts in {entry.folder: entry.checkpoint["data"] for entry in entries}.items():
+        seen = int(torch.isin(digests, facts["digests"]).sum()) if "digests" in facts else 0
+        if seen:
+            print(f"note: {seen} of {len(images)} test images are training images of {folder}")
+        args.trained_on = max(args.trained_on, seen)
     return images.to(device), labels.to(device), classes
 
 
