@@ -26,6 +26,8 @@ from support import cli, data, report, run, tested
 
 DRAWS = 5  # fresh draws of a random defense that score it
 BATCH = 120  # images that are attacked together; at most --max-batch
+WALK = {"linf": 2.5, "l2": 10.0}  # total length of PGD's steps, in radii, unless a step size is given
+MOST_TARGETS = 9  # other classes that strong_pgd moves towards
 FOOLED_MARGIN = 0.05  # early stop: fooled only above this, so that no rounding (bfloat16, TF32) undoes it
 CODE = ("model.py", "attack.py")  # what decides the numbers
 
@@ -127,7 +129,8 @@ def pgd(model, images, labels, eps, steps, step_size=None, norm="linf", random_s
 
     model: [0, 1] images to logits, in evaluation mode. images [B, C, H, W]; labels [B] (long).
     eps: radius; for norm "linf" in [0, 1] units (8/255), for "l2" the length over all pixels.
-    step_size: default 2.5·eps/steps. FGSM is steps=1, step_size=eps, random_start=False.
+    step_size: default 2.5·eps/steps in linf and 10·eps/steps in l2, where a short walk attacks less
+        (studies/RESULTS.md). FGSM is steps=1, step_size=eps, random_start=False.
     restarts: runs from so many starts and keeps the strongest (see there) for each image.
     eot: draws of a random model averaged in each gradient. loss: "ce", "margin", an entry of LOSSES.
     targets [B]: classes to move towards; it still succeeds where the label is not predicted.
@@ -137,8 +140,11 @@ def pgd(model, images, labels, eps, steps, step_size=None, norm="linf", random_s
     [0, 1], labels that do not fit, and settings out of range.
     """
     images, labels = images.detach().clone(), labels.clone()  # also from under inference_mode
-    step_size = 2.5 * eps / steps if step_size is None else step_size
-    check_settings(model, images, labels, eps, steps, step_size, norm, random_start)
+    if min(steps, restarts, eot) < 1 or loss not in LOSSES:
+        raise UserError(f"steps, restarts and eot must be at least 1, loss one of {', '.join(LOSSES)}, not "
+                        f"{steps}, {restarts}, {eot} and {loss!r}")
+    step_size = default_step(eps, steps, norm) if step_size is None else step_size
+    check_settings(model, images, labels, targets, eps, steps, step_size, norm, random_start)
     candidates = []
     for _ in range(restarts):
         x = random_point(images, eps, norm) if random_start else images.clone()
@@ -159,6 +165,41 @@ def pgd(model, images, labels, eps, steps, step_size=None, norm="linf", random_s
     return x if restarts == 1 else strongest(model, candidates, labels)
 
 
+def default_step(eps, steps, norm):
+    """The size of PGD's steps unless it is given."""
+    return WALK.get(norm, 0.0) * eps / steps
+
+
+def strong_pgd(model, images, labels, eps, steps, step_size=None, norm="linf", restarts=2, eot=1,
+               loss="all", early_stop=False):
+    """The strongest of several runs of PGD for each image, with pgd's arguments: adversarial images.
+
+    They raise the cross-entropy, then the margin, then the margin towards each of the most likely other
+    classes (nine at most), each from so many starts. On a deterministic model (early_stop) a run attacks what
+    the runs before have left right. On a random one, where that would pick lucky draws, all images are
+    attacked by the first two losses, and the strongest kept; targets are left out.
+    """
+    settings = dict(eps=eps, steps=steps, step_size=step_size, norm=norm, eot=eot, early_stop=early_stop)
+    if not early_stop:
+        candidates = [pgd(model, images, labels, loss=name, **settings) for name in LOSSES
+                      for _ in range(restarts)]
+        return strongest(model, candidates, labels)
+    with torch.no_grad():
+        logits = model(images).float()
+    likely = logits.scatter(1, labels[:, None], -torch.inf).argsort(1, descending=True)
+    targets = [likely[:, k] for k in range(min(MOST_TARGETS, logits.shape[1] - 1))]
+    plans = [("ce", None), ("margin", None), *(("margin", target) for target in targets)] * restarts
+    adversarial, left = images.clone(), torch.arange(len(images), device=images.device)
+    for name, target in plans:
+        if not len(left):
+            break
+        towards = None if target is None else target[left]
+        attacked = pgd(model, images[left], labels[left], loss=name, targets=towards, **settings)
+        adversarial[left] = attacked
+        left = left[accuracy(model, attacked, labels[left]) == 1]
+    return adversarial
+
+
 def warn_of_lost_gradients(gradient, margins, images):
     """Warn of images that are still right and have no gradient at all; UserError if one is not finite."""
     if not gradient.isfinite().all():
@@ -170,19 +211,20 @@ def warn_of_lost_gradients(gradient, margins, images):
                       "them", stacklevel=4)
 
 
-def check_settings(model, images, labels, eps, steps, step_size, norm, random_start):
+def check_settings(model, images, labels, targets, eps, steps, step_size, norm, random_start):
     """UserError for what cannot be attacked; a warning for an attack that is weaker than it seems."""
     check_images(images)
     if images.dtype not in (torch.float32, torch.float64):  # coarser ones round out of the ball
         raise UserError(f"images must be float32 or float64, not {images.dtype}")
-    if labels.dtype != torch.long or labels.shape != (len(images),):
-        raise UserError(f"labels must be one class number (long) for each of the {len(images)} images")
+    for classes in (labels,) if targets is None else (labels, targets):
+        if classes.dtype != torch.long or classes.shape != (len(images),):
+            raise UserError(f"labels must be one class number (long) for each of the {len(images)} images")
     if norm not in ("linf", "l2"):
         raise UserError(f"norm must be linf or l2, not {norm!r}")
     if not 0 <= eps < float("inf") or (norm == "linf" and eps > 1):
         raise UserError(f"eps must be at least 0, and for linf at most 1 (write 8/255), not {eps:g}")
-    if steps < 1 or not step_size >= 0:
-        raise UserError(f"steps must be at least 1, step_size not negative, not {steps} and {step_size:g}")
+    if not step_size >= 0:
+        raise UserError(f"step_size must not be negative, as {step_size:g} is")
     needed = 2 * eps if random_start else eps  # from a random start across the ball, or to its edge
     if steps * step_size < needed * (1 - 1e-6):
         warnings.warn(f"{steps} steps of {in_units(step_size, norm)} cannot cross the ball of radius "
@@ -245,7 +287,8 @@ def say_one_answer(entry, images, labels, classes, batch):
     if max(counts) < sum(counts) or sum(counts) < 2:
         return ""
     answer = classes[counts.index(max(counts))]
-    print(f"note: {entry.name} answers {answer} for all {sum(counts):.0f} images: its accuracy is that class's share")
+    print(f"note: {entry.name} answers {answer} for all {sum(counts):.0f} images: its accuracy is the share of "
+          "that class")
     return answer
 
 
@@ -274,6 +317,8 @@ class Attack(NamedTuple):
 ATTACKS = {
     "fgsm": Attack(pgd, lambda eps: dict(steps=1, step_size=eps, random_start=False, restarts=1)),
     "pgd": Attack(pgd),
+    "strong": Attack(strong_pgd, lambda eps: dict(loss="all", restarts=2), gradients=lambda settings: (
+        settings["steps"] * settings["eot"] * settings["restarts"] * (2 + MOST_TARGETS))),
 }
 
 
@@ -300,7 +345,7 @@ def arguments(argv=None):
         "(no default)")
     add("--norm", choices=["linf", "l2"], default="linf", help="how a change is measured, default linf")
     add("--steps", type=cli.count, default=20, help="of pgd, default 20")
-    add("--step-size", type=cli.eps, help="of pgd, as 2/255; default 2.5 eps/steps")
+    add("--step-size", type=cli.eps, help="of pgd, as 2/255; default 2.5 eps/steps, in l2 10 eps/steps")
     add("--restarts", type=cli.count, default=1, help="random starts of pgd, the strongest counts; default 1")
     add("--eot", type=cli.count, default=8, help="draws of the noise that each gradient of pgd+eot averages, "
         "default 8")
@@ -324,7 +369,7 @@ def settings_of(args, name, eps, random):
     settings = dict(steps=args.steps, step_size=args.step_size, norm=args.norm, restarts=args.restarts,
                     eot=args.eot if averages else 1, early_stop=not random and args.threat == "white")
     if args.step_size is None:
-        settings["step_size"] = 2.5 * eps / args.steps
+        settings["step_size"] = default_step(eps, args.steps, args.norm)
     settings.update(ATTACKS[base].fixed(eps))
     losses = [settings.pop("loss")] if "loss" in settings else args.loss
     return settings, losses
@@ -394,8 +439,8 @@ def main(argv=None):
             clean, one_answer = clean_of[entry.name]
             what = dict(
                 level=entry.level, value=entry.value, attack=cell.attack, norm=args.norm, eps=f"{cell.eps:.6g}",
-                steps=settings["steps"], step_size=f"{settings['step_size']:.6g}", restarts=settings["restarts"],
-                eot=settings["eot"], loss="+".join(cell.losses), threat=args.threat, reading="one shot",
+                steps=settings["steps"], step_size=f"{settings['step_size']:.6g}",
+                restarts=settings["restarts"], eot=settings["eot"], loss="+".join(cell.losses), threat=args.threat, reading="one shot",
                 draws=draws, split=args.split, images=total, pixels=pixels, trained_on=args.trained_on,
                 one_answer=one_answer, attack_seed=args.seed, precision="bf16" if args.bf16 else "fp32",
                 weights=run.fingerprint(entry.model), code=run.digest_of_files(CODE))

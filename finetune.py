@@ -64,7 +64,10 @@ def arguments(argv=None):
         "encoder's")
     add("--arch", choices=CLASSIFIERS, help="what classifies, default vit; others start from random weights")
     add("--data", type=data.dataset_name, help="default: the autoencoder's; give it if that folder has moved")
-    return cli.parse(parser, argv)
+    args = cli.parse(parser, argv)
+    if args.sigma is not None:  # as the run that --resume goes on with says it
+        args.sigma = str(NoiseScale.parse(args.sigma))
+    return args
 
 
 def mode_of(args, source):

@@ -46,7 +46,10 @@ def arguments(argv=None):
         "only at patches of 14 pixels and more")
     add("--arch", choices=TRAINED, help="what denoises, default vit")
     add("--init", type=cli.folder, metavar="RUN", help="start from this run's weights instead of random ones")
-    return cli.parse(parser, argv)
+    args = cli.parse(parser, argv)
+    if args.sigma is not None:  # as the run that --resume goes on with says it
+        args.sigma = str(NoiseScale.parse(args.sigma))
+    return args
 
 
 def settle(args, dataset, device):

@@ -1,48 +1,47 @@
 """The method as an executable specification; run as a script, all tests of the project.
 
-    python test_all.py                      all of them, about two minutes on two cores, no downloads
+    python test_all.py                      all of them, no downloads
     python test_all.py TestPgd              one class, from here or from tests/
     python test_all.py TestPgd.test_fgsm    one test; -v names each test as it runs
 
-    here                       TestPatches       patchify, position embedding, names, initialization
-                               TestNoise         add_noise and NoiseScale
-                               TestViT           forward pass and MIM against a plain re-implementation
-                               TestLosses        NIM's and MIM's loss, masks, reconstruct
-                               TestClassifier    trained positions, drop path
-                               TestDe3           gradients, straight-through clamp, votes, MIM
-                               TestPgd           known optima, the ball, EOT
-    tests/test_pgd.py          TestPgdOptions    invariants, restarts, early stop, draws run together
-                               TestPgdWarnings   lost gradients, short walks, training mode
-    tests/test_kinds.py        TestNoiseLaw, TestAttack, TestDefense, TestDataSet: a kind is one entry
-    tests/test_table.py        TestTable         ball check, intervals, PSNR, names in words
-                               TestRows          attack.csv; TestSheet: pictures
-    tests/test_training.py     TestTraining      learning rate, groups, batches, precision; TestLog
-    tests/test_recipes.py      TestRecipes       against the paper's numbers; TestAugmentation as well
-    tests/test_run.py          TestRun           a checkpoint is read, built and loaded with care
-    tests/test_experiment.py   what is changed shows: other code, weights or data
-    tests/test_data.py         TestData          the digits, augmentation, loader, order, even spread
-                               TestFolders       folders, CIFAR-10; TestOrderOfClasses
-    tests/test_images.py       transparency, EXIF, formats, file names, defend.py's photographs
-    tests/test_own_images.py   folders of images as people have them
-    tests/test_stages.py       TestStages        pretrain, finetune, defend, attack on the digits
-    tests/test_folder.py       TestFolder        the same and the variants on a small folder of images
-    tests/test_published.py    TestInitialize    names, shapes and positions copied from other weights
-                               TestPublished     --init, and the later stages, on weights from elsewhere
-                               TestWhatPeopleHave    prefixes, places, numbers beside the weights
-    tests/test_processes.py    TestProcesses     torchrun: the same weights, each image once, no hang
-    tests/test_resume.py       TestResume        killed runs end with the same weights and the same log
-    tests/test_bad_input.py    TestBadArguments  what model.py and pgd refuse
-                               TestBadInput      one sentence and exit code 2
-    tests/test_audit.py        TestAudit         catches hidden gradients, passes an honest defense
-    tests/test_certify.py      TestCertificate   the beta quantile, attacks inside the certified radius
-    tests/test_compare.py      TestCompare       what is missing, what is measured again; TestReadings
-                               TestPlot          the rows of one attack, the curves over sigma
-    tests/test_ship.py         TestShip          half-precision copies
-    tests/test_speed.py        TestPlain         the plain De³ is ours in other words
+    here                TestPatches     patchify, position embedding, names, initialization
+                        TestNoise       add_noise and NoiseScale
+                        TestViT         forward pass and MIM against a plain re-implementation
+                        TestLosses      NIM's and MIM's loss, masks, reconstruct
+                        TestClassifier  trained positions, drop path
+                        TestDe3         gradients, straight-through clamp, votes, MIM, gray images
+                        TestPgd         known optima, the ball, EOT
+    the attack          test_pgd        invariants, targets, early stop, losses, warnings, what needs EOT
+                        test_audit      catches hidden gradients, passes an honest defense
+                        test_certify    the beta quantile, attacks inside the radius, what gets none
+    a kind is an entry  test_kinds      noise law, denoiser, attack, defense, data set
+    data                test_data       the digits, folders, CIFAR-10, batches, the order of classes
+                        test_images     transparency, turning, formats, file names, photographs
+                        test_own_images folders of images as people have them
+                        test_loading    images that other processes load, and how a script ends
+    training            test_training   learning rate, groups, precision, the log
+                        test_recipes    recipes and augmentation against the paper's numbers
+                        test_processes  torchrun: the same weights, each image once
+                        test_threads    CPU threads of a tiny model
+    runs                test_run        a checkpoint is read, built and loaded with care
+                        test_files      a folder is begun once, what is saved is what was trained
+                        test_resume     killed runs end with the same weights and the same log
+                        test_experiment what is changed shows: other code, weights or data
+                        test_published  files of weights become runs, and what starts from a run
+                        test_ship       half-precision copies
+    the stages          test_stages     one after the other on the digits
+                        test_folder     the same and the variants on a folder of images
+                        test_flags      flags that change nothing, settings that are kept
+                        test_table      scores, intervals, rows and their names, pictures
+                        test_bad_input  one sentence and exit code 2
+    studies             test_compare    what is missing, the readings, what is measured again, the plot
+                        test_speed      the plain De³ is ours in other words
+                        test_lesson     the lesson runs from top to bottom
 """
 
 import argparse
 import math
+import re
 import sys
 import unittest
 import warnings
@@ -54,8 +53,8 @@ from torch import nn
 
 import attack
 from attack import pgd
-from model import (Classifier, De3, Defense, MaskAndFill, NoiseOnly, NoiseScale, UserError, add_noise,
-                   make_classifier, patchify, sincos_pos_embed, unpatchify)
+from model import (Classifier, De3, Defense, MaskAndFill, MaskAndPaste, NoiseOnly, NoiseScale, UserError,
+                   add_noise, make_classifier, patchify, sincos_pos_embed, unpatchify)
 from tests.helpers import (ENCODER, REPOSITORY, Linear, assert_near, random_images, seeded,
                            small_autoencoder, small_classifier)
 
@@ -491,7 +490,7 @@ class TestDe3(unittest.TestCase):
         assert_near(seeded(defense.purify, images), whole)
         assert_near(seeded(defense, images), classifier(whole))
         pixels = unpatchify(mask[:, :, None].expand(-1, -1, 48), 4)
-        defense = MaskAndFill(autoencoder, classifier, 0.75, keep_visible=True)
+        defense = MaskAndPaste(autoencoder, classifier, 0.75)
         assert_near(seeded(defense.purify, images), torch.where(pixels == 1, whole, images))
 
     def test_mask_ratio_is_drawn(self):
@@ -507,13 +506,41 @@ class TestDe3(unittest.TestCase):
         for kind, setting, level, is_random in [
                 (De3, 0, "σ = 0", False), (De3, "50", "σ = 50", True), (NoiseOnly, 50, "σ = 50", True),
                 (De3, "uniform:0,40", "σ = uniform:0,40", True), (NoiseOnly, 0, "σ = 0", False),
-                (MaskAndFill, 0.5, "mask 0.5", True)]:
+                (MaskAndFill, 0.5, "mask 0.5", True), (MaskAndPaste, 0.5, "mask 0.5", True)]:
             defense = kind(small_autoencoder(), small_classifier(), setting)
             self.assertEqual((defense.level, defense.is_random), (level, is_random))
             outputs = [defense(random_images()) for _ in range(2)]
             self.assertEqual(torch.equal(*outputs), not is_random)
-        visible = MaskAndFill(small_autoencoder(), None, 0.5, keep_visible=True)
-        self.assertEqual(visible.level, "mask 0.5, visible kept")
+
+    def test_gray(self):
+        """One channel, where mean and std have one value: no model knows that there could be three."""
+        images, config = random_images(4, 1, 16, 16), dict(mean=(0.4,), std=(0.3,))
+        for norm_pix in (False, True):
+            autoencoder = small_autoencoder(norm_pix=norm_pix, **config)
+            self.assertEqual(autoencoder.denoise(images).shape, (4, 16, 16))
+            assert_near(autoencoder.to_images(autoencoder.target(images)[0], images), images)
+            for loss in (autoencoder(images, add_noise(images, 50)), autoencoder(images, mask_ratio=0.5)):
+                self.assertTrue(loss.isfinite() and loss.requires_grad)
+            classifier = small_classifier(**config)
+            for kind, level in ((De3, 50), (NoiseOnly, 50), (MaskAndFill, 0.5), (MaskAndPaste, 0.5)):
+                defense = kind(autoencoder, classifier, level)
+                self.assertEqual({step.shape for step in defense.steps(images).values()}, {images.shape})
+                self.assertEqual(defense(images).shape, (4, 10))
+                x = pgd(defense, images, torch.arange(4), 0.1, 2, eot=2)
+                attack.check_adversarial(x, images, 0.1, "linf")
+                self.assertGreater((x - images).abs().amax((1, 2, 3)).min(), 0.05)
+        for model in (autoencoder.denoise, classifier):
+            self.assertRaisesRegex(UserError, "1, 16, 16", model, random_images())
+
+    def test_any_autoencoder(self):
+        """De³ asks its autoencoder to reconstruct, and knows nothing else of it."""
+        class Smooth(nn.Module):
+            def reconstruct(self, noisy, reference):
+                return F.avg_pool2d(noisy, 3, stride=1, padding=1)
+        images, classifier = random_images(), small_classifier()
+        defense = De3(Smooth(), classifier, 50)
+        noisy = seeded(lambda: add_noise(images, NoiseScale.parse(50).draw(4)))
+        assert_near(seeded(defense.purify, images), F.avg_pool2d(noisy, 3, 1, 1).clamp(0, 1))
 
     def test_any_classifier(self):
         resnet = make_classifier("resnet18", num_classes=7, mean=(0.5,) * 3, std=(0.2,) * 3, depth=2)
@@ -524,16 +551,20 @@ class TestDe3(unittest.TestCase):
         self.assertGreater(torch.autograd.grad(logits[:, 0].sum(), images)[0].abs().sum(), 0)
 
     def test_models_are_used_as_they_are(self):
-        """Neither frozen nor put into evaluation mode, and no gradient is held back."""
+        """Neither frozen nor put into evaluation mode, and no gradient is held back.
+
+        Fixed are the positions, and what the autoencoder's task does not train.
+        """
         autoencoder, classifier = small_autoencoder().eval(), small_classifier().train()
         autoencoder.norm.requires_grad_(False)
         De3(autoencoder, classifier, 50)(random_images()).square().sum().backward()
         self.assertTrue(classifier.training and not autoencoder.training)
         for name, parameter in [*classifier.named_parameters(), *autoencoder.named_parameters()]:
-            fixed = name in ("norm.weight", "norm.bias", "decoder_pos_embed") or (
+            fixed = name in ("norm.weight", "norm.bias", "decoder_pos_embed", "mask_token") or (
                 name == "pos_embed" and parameter is autoencoder.pos_embed)
             self.assertEqual(parameter.requires_grad, not fixed, name)
-            self.assertEqual(parameter.grad is None, fixed or name == "mask_token", name)
+            self.assertEqual(parameter.grad is None, fixed, name)
+        self.assertTrue(small_autoencoder(task="mim").mask_token.requires_grad)
 
 
 # --------------------------------------------------------------------------------------- attack
@@ -614,6 +645,16 @@ class TestPgd(unittest.TestCase):
             broken[eot] = (Misleading()(x).argmax(1) == 1).float().mean()
         self.assertLess(broken[1], 0.2)
         self.assertGreater(broken[16], 0.8)
+
+
+class TestIndex(unittest.TestCase):
+    def test_is_complete(self):
+        """The list at the head of this file names every file of tests, and no other."""
+        listed = __doc__.partition("    here ")[2]
+        files = [path.stem for path in (REPOSITORY / "tests").glob("test_*.py")]
+        self.assertEqual(sorted(re.findall(r"test_\w+", listed)), sorted(files))
+        classes = [name for name in globals() if name.startswith("Test")]
+        self.assertEqual([*re.findall(r"Test\w+", listed), type(self).__name__], classes)
 
 
 # --------------------------------------------------------------------------------- run all tests

@@ -103,7 +103,8 @@ def main(argv=None):
         report.append_row(table, dict(
             defense=entry.name, run=entry.folder, level=entry.level, version=version, norm=args.norm,
             eps=f"{eps:.6g}", data=args.data, split=args.split, images=len(images),
-            pixels=data.digest(images, labels), attack_seed=args.seed, draws=draws, autoattack_on_fresh_draws=f"{fresh:.2f}",
+            pixels=data.digest(images, labels), attack_seed=args.seed, draws=draws,
+            autoattack_on_fresh_draws=f"{fresh:.2f}",
             autoattack_own_count=f"{counted:.2f}", pgd=f"{of_pgd:.2f}", steps=args.steps, eot=args.eot,
             seconds=f"{seconds:.1f}", weights=run.fingerprint(entry.model), code=run.digest_of_files(CODE),
             commit=run.commit()))

@@ -217,7 +217,8 @@ def main(argv=None):
                    attack_seed=args.seed, precision="bf16" if args.bf16 else "fp32",
                    weights=run.fingerprint(entry.model), code=run.digest_of_files(CODE), commit=run.commit())
         row = {name: report.as_text(value) for name, value in row.items()}
-        old = report.find_row(measured, {name: value for name, value in row.items() if name not in NOT_MEASURED})
+        cell = {name: value for name, value in row.items() if name not in NOT_MEASURED}
+        old = report.find_row(measured, cell)
         if old:
             rows.append({**old, "defense": line.name})
             continue

@@ -73,9 +73,12 @@ def find_state(content, path):
         prefix = found[0].removesuffix(FIRST)
         if torch.is_tensor(state.get(prefix + "pos_embed")) and state[prefix + "pos_embed"].dim() != 3:
             continue  # an optimizer's moments, say
-        left = [name for name in places if name != place]
+        left = [name for name in places if name != place] if place else []
+        others = [name for name in state if not str(name).startswith(prefix)]
+        if others:
+            left.append(f"{len(others)} names without it, as {others[0]}")
         print(f"took {place or 'the file itself'}" + (f", without the prefix {prefix!r}" if prefix else "")
-              + (f"; left {', '.join(left)}" if left and place else ""))
+              + (f"; left {', '.join(left)}" if left else ""))
         return {name.removeprefix(prefix): value for name, value in state.items()
                 if torch.is_tensor(value) and name.startswith(prefix)}
     raise UserError(f"{path} holds no ViT weights under the names of MAE and timm (patch_embed, blocks); it "
@@ -140,7 +143,8 @@ def convert(args):
              else "; its classes: " + ", ".join(classes[:10]) + (" ..." if len(classes) > 10 else "")))
     settings = dict(size=args.size or dataset.size, data=args.data, seed=0)
     return dict(kind=args.kind, config=config, settings=settings, data=run.facts(args.data, dataset),
-                classes=classes, task=args.task, defense="", level=None, autoencoder=None, epoch=1, epochs=1, log=[],
+                classes=classes, task=args.task, defense="", level=None, autoencoder=None, epoch=1, epochs=1,
+                log=[],
                 made_by=[run.origin(args.command, ())], model=model.state_dict())
 
 

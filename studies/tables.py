@@ -10,8 +10,8 @@ from model import UserError
 class Entry(NamedTuple):
     """A defense of the comparison; a new one is a line here.
 
-    run: the folder of its classifier, and flags: what finetune.py makes it with; autoencoder: the
-    folder of the pretraining run that it starts from. defenses: what it is tested behind, as in
+    run: the folder of its classifier, and flags: what finetune.py makes it with (@ is the folder of its
+    seed); autoencoder: the folder of the run that holds what denoises, or starts it. defenses: what it is tested behind, as in
     attack.py's --defense. in_front: a pretraining run put in front of a classifier that has none.
     """
     name: str
@@ -25,7 +25,7 @@ class Entry(NamedTuple):
 class Table(NamedTuple):
     """The defenses of a data set, and what they are tested on unless the command line says otherwise.
 
-    pretraining: the flags of pretrain.py for each folder. images: how many. l2: the smaller radius of
+    pretraining: the script and flags that make each autoencoder. images: how many. l2: the smaller radius of
     the attack in L2, 0 for none. every: of a random defense, what takes many draws is read on one image
     in so many.
     """
@@ -39,10 +39,13 @@ class Table(NamedTuple):
 # flags that say where and how something is trained, not what
 NOT_RECIPE = ("--out", "--autoencoder", "--data", "--seed", "--bf16", "--no-bf16", "--workers", "--device",
               "--max-batch", "--resume", "--overwrite")
-PRETRAINING = {"nim": "", "mim": "--task mim", "nim120": "--sigma 120", "nim_paper": "--sigma gamma:25,3"}
+PRETRAINING = {"nim": "pretrain.py", "mim": "pretrain.py --task mim", "nim120": "pretrain.py --sigma 120",
+               "nim_paper": "pretrain.py --sigma gamma:25,3", "wiener": "-m studies.wiener",
+               "blur": "-m studies.wiener --blur"}
 DE3 = ("de3:0", "de3:100", "de3:200")
 MASKED, PASTED = ("mim:0.5", "mim:0.75"), ("mim-visible:0.5", "mim-visible:0.75")
 COLOR = ("de3:0", "de3:50", "de3:100")
+NOISE = ("no-denoise:0", "no-denoise:50", "no-denoise:100")
 TABLES = {
     "digits": Table(PRETRAINING, [
         Entry("undefended", "clean", "--mode clean"),
@@ -54,6 +57,14 @@ TABLES = {
               defenses=("de3:0",)),
         Entry("De³, pretrained on σ = 120", "de3_120", "", "nim120", DE3),
         Entry("De³, the paper's Γ(25, 3), U(0, 30)", "de3_paper", "--sigma uniform:0,30", "nim_paper", DE3),
+        Entry("De³ with a linear filter", "de3_wiener", "--init @/nim", "wiener", DE3),
+        Entry("De³ with a linear filter, from scratch", "de3_wiener_scratch", "--from-scratch", "wiener",
+              ("de3:0",)),
+        Entry("De³ with a blur", "de3_blur", "--init @/nim", "blur", ("de3:0",)),
+        Entry("De³, adversarially trained at σ = 0", "de3_adversarial_0",
+              "--mode de3 --adversarial 16/255 --sigma 0 --init @/de3 --epochs 12", defenses=("de3:0",)),
+        Entry("De³, adversarially trained on its noise", "de3_adversarial",
+              "--mode de3 --adversarial 16/255 --init @/de3 --epochs 12", defenses=DE3),
         Entry("MIM, whole output", "de3_mim", "", "mim", MASKED),
         Entry("MIM, visible kept", "de3_mim_visible", "--mode mim-visible", "mim", PASTED),
     ], images=100, l2=1.0),
@@ -63,10 +74,15 @@ TABLES = {
         Entry("adversarial training 4/255", "adversarial", "--adversarial 4/255"),
         Entry("MIM, whole output", "de3_mim", "", "mim", MASKED),
         Entry("De³, fine-tuned on U(50, 150)", "de3_50-150", "--sigma uniform:50,150", defenses=COLOR),
-        Entry("noise only, U(0, 60)", "no-denoise", "--mode no-denoise",
-              defenses=("no-denoise:0", "no-denoise:50", "no-denoise:100")),
+        Entry("De³ with a linear filter", "de3_wiener", "--sigma uniform:50,150 --init @/nim", "wiener", COLOR),
+        Entry("De³ with a linear filter, from scratch", "de3_wiener_scratch",
+              "--sigma uniform:50,150 --from-scratch", "wiener", ("de3:0",)),
+        Entry("De³ with a blur", "de3_blur", "--sigma uniform:50,150 --init @/nim", "blur", ("de3:0",)),
+        Entry("De³, adversarially trained at σ = 0", "de3_adversarial_0",
+              "--mode de3 --adversarial 4/255 --sigma 0 --init @/de3", defenses=("de3:0",)),
+        Entry("noise only, U(0, 60)", "no-denoise", "--mode no-denoise", defenses=NOISE),
         Entry("noise only, U(50, 150)", "no-denoise_50-150", "--mode no-denoise --sigma uniform:50,150",
-              defenses=("no-denoise:0", "no-denoise:50", "no-denoise:100")),
+              defenses=NOISE),
         Entry("De³ off the shelf", "clean", "--mode clean", defenses=("de3:0", "de3:25", "de3:50"),
               in_front="nim"),
         Entry("noise off the shelf", "clean", "--mode clean",
@@ -88,32 +104,40 @@ def missing_commands(table, chosen, at, seeds, dataset):
         common = "" if dataset == "digits" else f" --data {shlex.quote(dataset)}"
         common += f" --seed {seed}" if seed else ""
         for entry in chosen:
-            pretrained, trained = here / entry.autoencoder, here / entry.run
+            trained = here / entry.run
             is_trained = (trained / "checkpoint.pt").exists()
             needed = [] if is_trained else [entry.autoencoder]  # a trained run holds all it needs
             if entry.in_front:
                 needed.append(entry.in_front)
+            if "--init @/" in entry.flags and not is_trained:
+                needed.append("nim")
             for name in needed:
                 if not (here / name / "checkpoint.pt").exists():
-                    commands[f"python pretrain.py {table.pretraining[name]}{common} "
-                             f"--out {shlex.quote(str(here / name))}"] = None
+                    commands[f"python {table.pretraining[name]}{common} --out {shlex.quote(str(here / name))}"] = None
             if not is_trained:
-                commands[f"python finetune.py --autoencoder {shlex.quote(str(pretrained))} "
-                         f"{entry.flags} --out {shlex.quote(str(trained))}"] = None
+                pretrained = shlex.quote(str(here / entry.autoencoder))
+                flags = entry.flags.replace("@", shlex.quote(str(here)))
+                commands[f"python finetune.py --autoencoder {pretrained} {flags} "
+                         f"--out {shlex.quote(str(trained))}"] = None
     return [command.replace("  ", " ") for command in commands]
 
 
-def flags_of(command):
-    """The flags of a training command that decide what is trained, each with its value."""
-    found, flag = set(), []
+def what_decides(command):
+    """The script of a training command and the flags that decide what is trained, each with its value.
+
+    Of the run that --init names only the folder's own name counts.
+    """
+    found, flag, script = set(), [], []
     for word in [*shlex.split(command), "--"]:
         if word.startswith("--"):
             if flag and flag[0] not in NOT_RECIPE:
                 found.add(" ".join(flag))
             flag = [word]
         elif flag:
-            flag.append(word)
-    return found
+            flag.append(Path(word).name if flag[0] == "--init" else word)
+        else:
+            script.append(word)
+    return {" ".join(script).removeprefix("python "), *found}
 
 
 def say_other_recipe(entry, table, folder, checkpoint, pretraining):
@@ -121,16 +145,14 @@ def say_other_recipe(entry, table, folder, checkpoint, pretraining):
 
     checkpoint, pretraining: what is known of both; pretraining is None where there is no autoencoder.
     """
-    made = [(folder, "finetune.py", checkpoint, entry.flags)]
+    made = [(folder, checkpoint, f"finetune.py {entry.flags}")]
     if pretraining is not None:
         pretrained = entry.in_front or entry.autoencoder
-        made.append((f"the autoencoder of {folder}", "pretrain.py", pretraining,
-                     table.pretraining[pretrained]))
-    for what, script, of_run, flags in made:
-        used = flags_of(of_run["made_by"][0]["command"])
-        if used != flags_of(flags):
-            print(f"note: {what} was made by: python {script} {' '.join(sorted(used))}, and the table says: "
-                  f"python {script} {flags}".rstrip())
+        made.append((f"the autoencoder of {folder}", pretraining, table.pretraining[pretrained]))
+    for what, of_run, command in made:
+        used = what_decides(of_run["made_by"][0]["command"])
+        if used != what_decides(command):
+            print(f"note: {what} was made by: {' '.join(sorted(used))}, and the table says: {command}")
 
 
 def choose(table, names):

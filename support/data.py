@@ -68,8 +68,8 @@ def read_image(path):
         raise UserError(f"cannot read image {path} ({reason}): replace or remove it; {', '.join(FORMATS)} "
                         "files of 8 bits per channel are accepted") from None
     try:
-        image = ImageOps.exif_transpose(image)
-    except Exception:  # a damaged EXIF raises many kinds: the image stays as it is stored
+        ImageOps.exif_transpose(image, in_place=True)  # turned before the rest of EXIF is looked at
+    except Exception:  # a damaged EXIF raises many kinds: the image stays as it is
         pass
     has_alpha = image.mode in ("RGBA", "LA", "PA", "RGBa", "La")
     if has_alpha or "transparency" in image.info:
@@ -159,6 +159,9 @@ class Images(datasets.ImageFolder):
     def find_classes(self, directory):
         names = [entry.name for entry in os.scandir(directory)
                  if entry.is_dir() and not entry.name.startswith(HIDDEN)]
+        if not names:
+            raise UserError(f"{directory} holds no class folder: images lie in "
+                            f"{Path(directory).name}/<class>/")
         names.sort(key=int if all(name.isdecimal() for name in names) else str)
         return names, {name: number for number, name in enumerate(names)}
 
@@ -170,12 +173,9 @@ def open_folder(name, split):
         raise UserError(f"no folder {folder}: --data takes {', '.join(DATASETS)}, or a folder with "
                         "train/<class>/ and val/<class>/ in it; if it has moved, say where with --data")
     try:
-        images = Images(folder)
+        return Images(folder)
     except FileNotFoundError as error:  # a class folder without images
         raise UserError(f"{folder}: {str(error).splitlines()[0]}") from None
-    if not images.classes:
-        raise UserError(f"{folder} holds no class folder: images lie in {split}/<class>/")
-    return images
 
 
 # ------------------------------------------------------------------------------ the data sets
@@ -306,16 +306,16 @@ def decode(dataset, image_size, indices):
         progress.show(f"decoding image {place + 1} of {len(indices)}", (place + 1) / len(indices))
     progress.clear()
     if as_they_are and image_size > SMALL:
-        print(f"note: {as_they_are} of {len(indices)} images have {image_size}x{image_size} pixels and are not "
-              "enlarged and cropped")
+        print(f"note: {as_they_are} of {len(indices)} images have {image_size}x{image_size} pixels and are "
+              "not enlarged and cropped")
     return images, labels
 
 
 def load_images(dataset, split, image_size, classes=None, count=None):
     """Images [N, C, S, S] (bytes, or floats in [0, 1]), labels [N], and the names of the classes.
 
-    count: at most so many, see `choose`. classes: the order in which the labels count them, a classifier's; UserError
-    if the data set has others.
+    count: at most so many, see `choose`. classes: the order in which the labels count them, a classifier's;
+    UserError if the data set has others.
     """
     whole = open_split(dataset, split, image_size)
     chosen = choose(labels_of(whole), count)

@@ -13,6 +13,7 @@ from support import cli, run
 
 CELL, GAP, TEXT = 112, 6, 15  # pixels: side of an image, space between, height of the letters
 WRONG = "#c1121f"  # red that stays dark in gray
+UNREADABLE = "surrogateescape"  # bytes in the names of folders that are no UTF-8 are kept as they are
 
 
 def interval(percent, images):
@@ -35,15 +36,18 @@ def append_row(path, row):
     if cli.rank() > 0:
         return
     path.parent.mkdir(parents=True, exist_ok=True)
-    with run.patiently(lambda: open(path, "a+", newline="", encoding="utf-8")) as file:
+    with run.patiently(lambda: open(path, "a+", newline="", encoding="utf-8", errors=UNREADABLE)) as file:
         file.seek(0)
-        columns = next(csv.reader(file), None)
+        text = file.read()
+        columns = next(csv.reader(text.splitlines()), None)
         if columns not in (None, list(row)):
             raise UserError(f"{path} is a table with other columns: move it away, or name another folder "
                             "with --out")
         table = csv.DictWriter(file, list(row))
         if columns is None:
             table.writeheader()
+        elif not text.endswith("\n"):  # an editor may leave the last line open
+            file.write("\n")
         table.writerow(row)
 
 
@@ -51,7 +55,8 @@ def read_rows(path):
     """The rows of a CSV file, dicts of text; none where there is no file."""
     if not path.exists():
         return []
-    with open(path, newline="", encoding="utf-8-sig") as file:  # a spreadsheet may have put a mark in front
+    encoding = "utf-8-sig"  # a spreadsheet may have put a mark in front
+    with open(path, newline="", encoding=encoding, errors=UNREADABLE) as file:
         return list(csv.DictReader(file, restval=""))
 
 

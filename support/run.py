@@ -220,6 +220,9 @@ def find(args, kind):
         raise UserError(f"{args.out} holds a run: go on with it by --resume, train anew over it with "
                         "--overwrite, or name another folder with --out")
     saved = read(args.out, kind)
+    if "resume" not in saved:
+        raise UserError(f"{args.out} lacks what --resume needs, as bundled and converted runs do: start from "
+                        "its weights with --init, in another --out")
     for name, value in saved["settings"].items():
         given = getattr(args, name, None)
         if given is None:
@@ -239,11 +242,13 @@ def begin(args, kind, files, config, dataset, train, **more):
     """
     if cli.rank() == 0:
         args.out.mkdir(parents=True, exist_ok=True)
-        if args.overwrite or args.resume:  # what --resume leaves to begin is an empty file, or none
+        path = args.out / "checkpoint.pt"
+        is_empty = path.exists() and path.stat().st_size == 0  # a run that ended before its first save
+        if args.overwrite or (args.resume and is_empty):
             for name in ("checkpoint.pt", "log.csv", "pretrain.png"):
                 (args.out / name).unlink(missing_ok=True)
         try:
-            open(args.out / "checkpoint.pt", "xb").close()  # atomic: of two processes one succeeds
+            open(path, "xb").close()  # atomic: of two processes one succeeds
         except FileExistsError:
             raise UserError(f"another process has begun a run in {args.out}: name another folder with "
                             "--out") from None
@@ -291,9 +296,10 @@ def restore(checkpoint, args, files, train, **parts):
         part.load_state_dict(checkpoint["resume"][name])
     then, classes = checkpoint["data"]["images"], checkpoint["classes"]
     if (then, classes) != (len(train), train.classes):
+        differ = ", ".join(sorted(set(classes) ^ set(train.classes))[:5])
         raise UserError(f"{args.out} was begun on {then} images of {len(classes)} classes, and {args.data} "
-                        f"holds {len(train)} of {len(train.classes)} now: restore them, or train anew with "
-                        "--overwrite")
+                        f"holds {len(train)} of {len(train.classes)} now (classes in only one of them: "
+                        f"{differ or 'none'}): restore them, or train anew with --overwrite")
     if checkpoint["world_size"] != cli.world_size():
         print(f"note: {args.out} was trained by {checkpoint['world_size']} process(es) and goes on with "
               f"{cli.world_size()}: other noise than in an uninterrupted run")
@@ -302,6 +308,7 @@ def restore(checkpoint, args, files, train, **parts):
         print(f"note: {args.out} was trained with {checkpoint['threads']} CPU threads, here there are "
               f"{allowed}, which rounds differently")
     torch.set_num_threads(min(checkpoint["threads"], allowed))
+    write_log(args.out, checkpoint)  # a kill between the two files leaves its last row out
     checkpoint["settings"]["data"] = checkpoint["data"]["name"] = args.data  # may have moved
     now = origin(args.command, files)
     if now["code"] != checkpoint["made_by"][-1]["code"] and checkpoint["epoch"] < checkpoint["epochs"]:
@@ -329,16 +336,23 @@ def save(folder, checkpoint, whole, probe, **parts):
         torch.save(checkpoint, temporary)
         patiently(lambda: os.replace(temporary, path))
     except (OSError, RuntimeError) as error:  # the second is torch.save's, for a full disk
-        temporary.unlink(missing_ok=True)
         raise UserError(f"could not save {path} ({str(error).splitlines()[0]}); what was saved before is "
                         "kept: make room, or close the program that has it open, and go on with "
                         "--resume") from None
+    finally:
+        temporary.unlink(missing_ok=True)  # after a failure or Ctrl-C half a file
     check(folder, whole, probe)
-    if checkpoint["log"]:
-        with patiently(lambda: open(folder / "log.csv", "w", newline="", encoding="utf-8")) as file:
-            table = csv.DictWriter(file, list(checkpoint["log"][0]))
-            table.writeheader()
-            table.writerows(checkpoint["log"])
+    write_log(folder, checkpoint)
+
+
+def write_log(folder, checkpoint):
+    """Write log.csv from the checkpoint, in the process of rank 0."""
+    if cli.rank() > 0 or not checkpoint["log"]:
+        return
+    with patiently(lambda: open(folder / "log.csv", "w", newline="", encoding="utf-8")) as file:
+        table = csv.DictWriter(file, list(checkpoint["log"][0]))
+        table.writeheader()
+        table.writerows(checkpoint["log"])
 
 
 def check(folder, whole, probe):

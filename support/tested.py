@@ -42,8 +42,8 @@ def evaluation_flags(parser, images, runs=DEFAULT_RUNS):
         "its classifier alone; default: the data set's. An undefended classifier is tested as it is")
     add("--data", type=data.dataset_name, help="other test images than the run's: " + data.DATA_HELP)
     add("--split", choices=data.SPLITS, help="default test; val for a FOLDER without test/")
-    add("--images", type=cli.count, default=images, help=f"how many: the first of a fixed choice, spread over the "
-        f"classes; default {images}")
+    add("--images", type=cli.count, default=images, help="how many: the first of a fixed choice, spread over "
+        f"the classes; default {images}")
     add("--seed", type=int, default=0, help="of the noise and the attack, default 0")
     add("--out", type=cli.folder, help="folder for tables and pictures; default: the one the first run lies "
         "in")

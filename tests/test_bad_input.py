@@ -3,18 +3,16 @@
 import io
 import math
 import os
-import sys
 import unittest
+import warnings
 from unittest import mock
 
 import torch
 
-import pretrain
 from attack import pgd
 from model import De3, MaskAndFill, NoiseOnly, NoiseScale, UserError, add_noise
-from support import cli, data
-from support import run as run_module
-from support.weights import parse_defense
+from support import cli, tested
+from support.tested import parse_defense
 from tests.helpers import (Result, RunsCode, assert_refused, finished, new_folder,
                            photo_autoencoder, photo_classifier, photo_flags, photo_runs, photos,
                            process, random_images, run, small_autoencoder, small_classifier, training)
@@ -79,12 +77,13 @@ class TestBadArguments(unittest.TestCase):
 
     def test_names_of_defenses(self):
         """As --defense and the comparison's table take them."""
-        self.assertEqual(parse_defense("off", (0, 50)), [("", None)])
+        self.assertEqual(parse_defense("off", (0, 50)), [("off", None)])
         self.assertEqual(parse_defense("de3:uniform:0,9", ()), [("de3", "uniform:0,9")])
         self.assertEqual(parse_defense("no-denoise", (0, 50)), [("no-denoise", 0), ("no-denoise", 50)])
         self.assertEqual(parse_defense("mim", (0, 50)), [("mim", r) for r in (0.25, 0.5, 0.75)])
         for text in ("jpeg:50", "De3:5", "", ":5"):
-            self.assertRaisesRegex(UserError, "de3, no-denoise, mim and off", parse_defense, text, ())
+            self.assertRaisesRegex(UserError, "de3, no-denoise, mim, mim-visible and off", parse_defense,
+                                   text, ())
 
     def test_settings_of_pgd(self):
         images, labels, model = random_images(6, 3, 16, 16), torch.arange(6), small_classifier()
@@ -106,10 +105,9 @@ class TestBadArguments(unittest.TestCase):
                 add_noise(random_images(), sigma)
 
     def test_labels_of_pgd(self):
-        """One long for each image, each a class of the model; the same for targets."""
+        """One long for each image; the same for targets."""
         images, labels, model = random_images(3, 3, 16, 16), torch.arange(3), small_classifier()
-        for wrong in (torch.arange(6), labels[:2], labels - 1, labels + 8, labels.float(),
-                      labels[:, None]):
+        for wrong in (torch.arange(6), labels[:2], labels.float(), labels[:, None]):
             with self.subTest(wrong), self.assertRaisesRegex(UserError, "labels"):
                 pgd(model, images, wrong, 0.1, 1)
             with self.subTest(targets=wrong), self.assertRaisesRegex(UserError, "labels"):
@@ -130,69 +128,66 @@ class TestBadInput(unittest.TestCase):
     def test_flags_of_training(self):
         out = new_folder() / "run"
         for flags in (["--sigma", "-5"], ["--sigma", "nan"], ["--sigma", "uniform:30,0"],
-                      ["--epochs", "0"], ["--epochs", "x"], ["--batch-size", "0"], ["--seed", "-1"],
-                      ["--base-lr", "nan"], ["--base-lr", "-1"], ["--task", "dae"],
-                      ["--warmup-epochs", "-1"], ["--warmup-epochs", "nan"], ["--size", "giant"],
-                      ["--flag-that-is-not"], ["--resume", "--overwrite"], ["--max-batch", "0"],
-                      ["--seed", "1" + "0" * 20], ["--sigma", "1e300"],
-                      ["--sigma", "50", "--task", "mim"], ["--epochs", "1" + "0" * 400],
-                      ["--base-lr", "1e300"], ["--runs", out],
-                      ["--workers", "-1"]):
-            self.refused("pretrain", "--out", out, *flags, says=flags[0])
+                      ["--sigma", "1e300"], ["--sigma", "50", "--task", "mim"], ["--epochs", "0"],
+                      ["--epochs", "x"], ["--epochs", "1.5"], ["--batch-size", "0"], ["--max-batch", "0"],
+                      ["--seed", "x"], ["--base-lr", "x"], ["--workers", "x"], ["--task", "dae"],
+                      ["--size", "giant"], ["--arch", "unet"], ["--flag-that-is-not"], ["--runs", out],
+                      ["--resume", "--overwrite"]):
+            self.refused("pretrain", "--out", out, *flags, says=flags[0].strip("-"))
         source = ("--autoencoder", photo_autoencoder(), "--out", out)
-        for flags in (["--adversarial", "-1/255"], ["--adversarial", "8/0"], ["--mode", "dirty"],
-                      ["--max-mask-ratio", "1"], ["--max-mask-ratio", "-0.1"],
-                      ["--max-mask-ratio", "x"], ["--arch", "vgg"], ["--keep-visible"],
-                      ["--max-mask-ratio", "0.5"], ["--adversarial", "8"],
-                      ["--sigma", "5", "--mode", "clean"], ["--size", "huge"]):
+        for flags in (["--adversarial", "8/0"], ["--adversarial", "x"], ["--mode", "dirty"],
+                      ["--arch", "vgg"], ["--keep-visible"], ["--sigma", "5", "--mode", "clean"],
+                      ["--size", "huge"]):
             self.refused("finetune", *source, *flags, says=flags[0])
         self.refused("finetune", "--mode", "dirty", says=("dirty", "de3", "clean", "no-denoise"))
-        for flags in (["--from-scratch"], ["--arch", "resnet18"]):
-            self.refused("finetune", *source, "--init", "x.pth", *flags, says="--init is for the ViT")
-        self.refused("finetune", *source, "--mode", "clean", "--from-scratch", says="--autoencoder")
-        mim = ("--autoencoder", photo_autoencoder("mim"), "--out", out)
-        self.refused("finetune", *mim, "--sigma", 50, says=("--sigma", "behind MIM"))
+        self.refused("finetune", *source, "--from-scratch", "--mode", "clean", says="--autoencoder")
+        self.refused("finetune", *source, "--arch", "resnet18", "--init", photo_classifier("clean"),
+                     says="no weights in common")
         self.assertFalse((out / "checkpoint.pt").exists())
 
     def test_flags_of_evaluation(self):
-        classifier = photo_classifier()
-        for flags in (["--eps", "8"], ["--eps", "-1/255"], ["--eps", "nan"], ["--eps", "8/x"],
+        classifier, out = photo_classifier(), new_folder() / "out"
+        for flags in (["--eps", "8/x"], ["--eps", "8/0"], ["--eps", "nan"], ["--eps", "-1/255"],
                       ["--steps", "0"], ["--eot", "0"], ["--restarts", "0"], ["--images", "0"],
                       ["--attack", "cw"], ["--loss", "mse"], ["--norm", "l1"], ["--sigma", "-1"],
-                      ["--mask-ratio", "1"], ["--mask-ratio", "-0.1"], ["--mask-ratio", "x"],
-                      ["--max-batch", "0"], ["--step-size", "-1"], ["--step-size", "0"],
-                      ["--norm", "l2"], ["--mask-ratio", "0.5"], ["--threat", "black"], ["--runs", "x"],
-                      ["--classifier", "x"], ["--save", "x.npz"]):
-            self.refused("attack", classifier, *flags, says=flags[0])
-        for flags, words in ((["--threat", "gray"], "white-box"), (["--attack", "pgd"], "with +eot")):
-            self.refused("attack", classifier, *flags, "--eot", 4, says=("--eot", words))
-        self.refused("attack", classifier, "--defense", "jpeg:50", says=("jpeg", "de3, no-denoise, mim"))
-        for flags in (["--votes", "0"], ["--eot", "0"], ["--steps", "0"], ["--split", "dev"],
-                      ["--eps", "16"]):
-            self.refused("defend", "--run", classifier, *flags, says=flags[0])
+                      ["--max-batch", "0"], ["--step-size", "x"], ["--norm", "l2"], ["--run", "x"],
+                      ["--mask-ratio", "0.5"], ["--threat", "black"], ["--save", "x.npz"]):
+            self.refused("attack", classifier, "--out", out, *flags, says=flags[0].strip("-"))
+        for eps in ("8", "-0.1"):  # by pgd itself, as the step
+            self.refused("attack", classifier, "--out", out, "--eps", eps, says=("eps must be", "8/255"))
+        self.refused("attack", classifier, "--out", out, "--attack", "pgd", "--step-size", "-1",
+                     says="step_size must not be negative")
+        for level in ("de3:-1", "no-denoise:x", "de3:gamma:0,1"):
+            self.refused("attack", classifier, "--defense", level, says="sigma")
+        for level in ("mim:1", "mim:-0.1", "mim-visible:gamma:1,1"):
+            self.refused("attack", photo_classifier("mim", "mim"), "--defense", level, says="must be")
+        self.refused("attack", classifier, "--defense", "jpeg:50",
+                     says=("jpeg", "de3, no-denoise, mim, mim-visible and off"))
+        for flags in (["--votes", "0"], ["--eot", "0"], ["--steps", "0"], ["--split", "dev"]):
+            self.refused("defend", classifier, *flags, says=flags[0])
         self.refused("attack", "--attack", "cw", says=("cw", "pgd+eot"))
-        self.refused("attack", classifier, "--eps", 8, says="write 8/255")
-        self.refused("defend", "--run", classifier, "--eps", 8, says="write 8/255")
+        self.assertFalse(out.exists())
 
     def test_small_sigma(self):
         """Taken as it is, and said: the literature writes shares of the range."""
-        for text, said in (("0.25", "write 63.75"), ("0", ""), ("25", ""), ("uniform:0,30", ""),
-                           ("uniform:0,0.5", "write 127.5")):
-            result = run("pretrain", "--dry-run", "--sigma", text)
-            self.assertEqual(finished(result).out.count("8-bit units"), bool(said))
-            self.assertIn(said, result.out)
-        for flags in (("--sigma", 0.25), ("--defense", "de3:0.25")):
-            result = finished(run("attack", photo_classifier(), *flags, "--images", 2, "--eps", 0,
-                                  "--attack", "fgsm", "--out", new_folder()))
-            self.assertIn("write 63.75", result.out)
-            self.assertIn("De³ σ = 0.25", result.out)
-        result = finished(run("attack", photo_classifier(), "--images", 2, "--norm", "l2", "--eps", "8/255",
-                              "--attack", "fgsm", "--sigma", 0, "--out", new_folder()))
-        self.assertIn("next to nothing; 0.5 and 1 are usual", result.out)
+        for sigma, said in ((0.25, "write 63.75"), (0, ""), (25, ""), ("uniform:0,30", ""),
+                            ("uniform:0,0.5", "write 127.5"), ("gamma:0.1,0.1", "")):
+            with warnings.catch_warnings(record=True, action="always") as caught:
+                De3(None, None, sigma)
+            self.assertEqual(len(caught), bool(said))
+            for warning in caught:
+                self.assertIn("8-bit units", str(warning.message))
+                self.assertIn(said, str(warning.message))
+        attack = process("attack", photo_classifier(), "--defense", "de3:0.25", "--images", 2, "--eps", 0,
+                         "--attack", "fgsm", "--out", new_folder())
+        out, err = attack.communicate()
+        self.assertIn("de3, σ = 0.25", out)
+        self.assertEqual(err.count("write 63.75"), 1)
+        self.assertTrue(err.startswith("warning: sigma is in 8-bit units"), err)
 
     def test_device(self):
         for script in ("pretrain", "finetune", "defend", "attack"):
-            for device in ("nonsense", "cuda:99", "meta"):
+            for device in ("nonsense", "cuda:99"):
                 self.refused(script, "--device", device, says=device)
 
     def test_missing_runs(self):
@@ -202,7 +197,11 @@ class TestBadInput(unittest.TestCase):
         self.refused("finetune", "--autoencoder", none,
                      says=(none, "python pretrain.py", f"--out {none}"))
         self.refused("attack", none, says=(none, f"python finetune.py --out {none}"))
-        self.refused("defend", "--run", none, says=(none, f"python finetune.py --out {none}"))
+        self.refused("defend", none, says=(none, f"python finetune.py --out {none}"))
+        self.refused("pretrain", *photo_flags(), "--init", none, "--out", folder / "new", says=none)
+        self.assertFalse((folder / "new" / "checkpoint.pt").exists())
+        file = photo_classifier() / "checkpoint.pt"
+        self.refused("attack", file, says=f"{file} holds no run")  # a run is its folder
         self.refused("attack", folder / "clean",
                      says=f"finetune.py --mode clean --out {folder / 'clean'}")
         self.refused("attack", photo_classifier("clean"), "--autoencoder", none,
@@ -218,25 +217,19 @@ class TestBadInput(unittest.TestCase):
         for content in (whole[:len(whole) // 2], b"", b"hello"):
             path.write_bytes(content)
             self.refused("finetune", *flags, says=path)
-            self.refused("pretrain", *photo_flags(), *training(), "--out", source, "--resume", says=path)
+            if content:  # an empty one is of a run that has not begun
+                self.refused("pretrain", "--out", source, "--resume", says=path)
         for foreign in ({"model": {}}, RunsCode(trace), {"model": RunsCode(trace)}):
             torch.save(foreign, path)
             self.refused("finetune", *flags, says=path)
         self.assertFalse(trace.exists())
-        checkpoint = torch.load(io.BytesIO(whole))
-        for changes, words in [
-                (dict(config={**checkpoint["config"], "embed_dim": 32}), "does not fit this code"),
-                (dict(config={**checkpoint["config"], "new_option": 1}), "does not fit this code"),
-                (dict(model={**checkpoint["model"], "more": torch.zeros(2)}), "does not fit this code"),
-                (dict(model={**checkpoint["model"], "cls_token": torch.full((1, 1, 64), math.nan)}),
-                 "not finite"), (dict(epochs=5), ("unfinished", "--resume"))]:
-            torch.save({**checkpoint, **changes}, path)
-            self.refused("finetune", *flags, says=words)
+        torch.save({**torch.load(io.BytesIO(whole)), "epochs": 5}, path)
+        self.refused("finetune", *flags, says=("unfinished", "--resume"))
 
     def test_wrong_kind(self):
         for script, flags in (("finetune", ["--autoencoder", photo_classifier("clean")]),
                               ("attack", [photo_autoencoder()]),
-                              ("defend", ["--run", photo_autoencoder()])):
+                              ("defend", [photo_autoencoder()])):
             self.refused(script, *flags, says=("classifier weights", "autoencoder weights"))
 
     def test_data_folder(self):
@@ -249,19 +242,23 @@ class TestBadInput(unittest.TestCase):
             self.refused("attack", photo_classifier(), "--data", folder / name, says=str(folder / name))
 
     def test_loss_that_is_not_finite(self):
-        """Stops before anything is saved; what was saved before is kept."""
+        """Stops before that epoch is saved; what was saved before is kept."""
         out = new_folder()
-        flags = (*training(9, batch_size=24, warmup=1, base_lr=1e30), *photo_flags())
-        self.refused("pretrain", *flags, "--out", out / "nim", says=("loss", "epoch 3", "--base-lr"))
-        self.assertEqual(torch.load(out / "nim" / "checkpoint.pt")["epoch"], 2)
+        flags = (*training(2, base_lr=1e30), *photo_flags())
+        self.refused("pretrain", *flags, "--out", out / "nim", says=("loss", "epoch 1", "--base-lr"))
         self.refused("finetune", "--mode", "clean", "--from-scratch", *flags, "--out", out / "clean",
-                     says=("loss", "epoch", "--base-lr"))
+                     says=("loss", "epoch 1", "--base-lr"))
+        for name in ("nim", "clean"):
+            checkpoint = torch.load(out / name / "checkpoint.pt")
+            self.assertEqual(checkpoint["epoch"], 0)
+            self.assertTrue(all(value.isfinite().all() for value in checkpoint["model"].values()))
 
     def test_one_image_at_once(self):
         """Batch norm cannot learn from it."""
         for flags in (["--batch-size", 1], ["--batch-size", 8, "--max-batch", 1]):
             self.refused("finetune", "--mode", "clean", "--arch", "resnet18", *photo_flags(),
-                         *training(), *flags, "--out", new_folder(), says=("at least 2 images", "--batch-size"))
+                         *training(), *flags, "--out", new_folder(),
+                         says=("at least 2 images", "--batch-size"))
 
     def test_left_over_environment(self):
         """A variable of torchrun's alone, as a cluster sets it, starts no group of processes."""
@@ -275,28 +272,22 @@ class TestBadInput(unittest.TestCase):
         for name in ("attack.csv", "defend.png"):
             (out / name).mkdir()
         self.refused("attack", photo_classifier(), *flags, says="attack.csv")
-        self.refused("defend", "--run", photo_classifier(), *flags, says="defend.png")
+        self.refused("defend", photo_classifier(), *flags, says="defend.png")
 
-    def test_photo_after_the_flags(self):
-        """Taken for a run by --run: said, and where it goes."""
+    def test_photo_among_the_runs(self):
+        """Said by its name: photographs have a flag of their own."""
         photo = photos() / "val" / "red" / "0.png"
-        assert_refused(run("defend", "--run", photo_classifier(), photo), (photo, "before the flags"))
+        self.refused("defend", photo_classifier(), photo, says=f"{photo} holds no run")
+        self.refused("defend", photo_classifier(), "--photos", photos(), says=("cannot read image", photos()))
 
     def test_fewer_images_than_processes(self):
-        """Refused before anything is trained or measured."""
-        images = data.load_dataset("digits", "val", 32)
-        self.assertEqual(len(data.evenly_spread(images, 2, 1, 2)), 1)
-        with self.assertRaisesRegex(UserError, "1 images are too few for 2 processes"):
-            data.evenly_spread(images, 1, 0, 2)
-
-    def test_closed_output(self):
-        """python pretrain.py >&- trains all the same."""
-        out = new_folder() / "nim"
-        with mock.patch.object(sys, "stdout", None), mock.patch("warnings.showwarning"), mock.patch.object(
-                sys, "argv", ["pretrain.py", *map(str, training()), *map(str, photo_flags()),
-                              "--out", str(out)]):
-            cli.run_script(pretrain.main)
-        self.assertEqual(run_module.read(out)["epoch"], 1)
+        """Refused before anything is measured: each process needs one."""
+        images, labels = random_images(), torch.arange(4)
+        with mock.patch.object(cli, "world_size", return_value=3), \
+                mock.patch.object(cli, "rank", return_value=1):
+            self.assertEqual(tested.own_share(images, labels)[1].tolist(), [1])
+            with self.assertRaisesRegex(UserError, "2 images are too few for 3 processes"):
+                tested.own_share(images[:2], labels[:2])
 
     def test_real_process(self):
         folder = new_folder()

@@ -1,6 +1,5 @@
 """The comparison of all defenses: what is missing, the readings, what is measured again; the plot."""
 
-import argparse
 import contextlib
 import copy
 import csv
@@ -21,10 +20,9 @@ from model import De3, NoiseOnly, UserError
 from studies import compare, plot, tables
 from support import run as run_module
 from tests.helpers import (assert_picture, assert_refused, copy_of_photos, finished, linear_on_digits,
-                           new_folder, photo_classifier, photos, read_csv, run, small_autoencoder,
-                           training)
+                           new_folder, photo_classifier, photos, read_csv, run, small_autoencoder, training)
 
-SMALL = tables.Table({"nim": "--sigma 75", "mim": "--task mim"}, [
+SMALL = tables.Table({"nim": "pretrain.py --sigma 75", "mim": "pretrain.py --task mim"}, [
     tables.Entry("undefended", "clean", "--mode clean"),
     tables.Entry("De³", "de3", "--sigma uniform:0,30", defenses=("de3:0", "de3:40")),
     tables.Entry("MIM", "de3_mim", "", "mim", ("mim:0.5",)),
@@ -114,13 +112,17 @@ class TestCompare(WithSmallTable):
 
     def test_missing_runs_of_the_tables(self):
         refused = run("studies.compare", "--at", self.folder, "--seeds", 0, 1)
-        assert_refused(refused,
-                       ("python pretrain.py --sigma 120 --out", "pretrain.py --task mim --seed 1",
-                                 "--adversarial 16/255", "--keep-visible", "--sigma uniform:0,30"))
-        self.assertEqual(len(self.commands(refused)), 2 * (4 + 9))
+        assert_refused(refused, ("python pretrain.py --sigma 120 --out", "pretrain.py --task mim --seed 1",
+                                 "--adversarial 16/255", "--mode mim-visible", "--sigma uniform:0,30"))
+        self.assertEqual(len(self.commands(refused)), 2 * self.runs_of("digits"))
         refused = run("studies.compare", "color", "--data", photos(), "--at", self.folder)
         assert_refused(refused, (f"--data {photos()}", "--adversarial 4/255", "--sigma uniform:50,150"))
-        self.assertEqual(len(self.commands(refused)), 2 + 7)
+        self.assertEqual(len(self.commands(refused)), self.runs_of("color"))
+
+    def runs_of(self, name):
+        """How many runs a table needs, of both stages."""
+        entries = tables.TABLES[name].entries
+        return len({entry.autoencoder for entry in entries}) + len({entry.run for entry in entries})
 
     def test_folders_with_spaces(self):
         """The commands can be pasted into a shell."""
@@ -129,6 +131,9 @@ class TestCompare(WithSmallTable):
             self.assertIn(str(Path("my runs") / words[-1].split("/")[-1]), words)
             if words[1] == "pretrain.py":
                 self.assertIn("my photos", words)
+        started = tables.Entry("De³", "de3", "--init @/nim --sigma 50", "mim")
+        command = tables.missing_commands(SMALL, [started], Path("my runs"), [0], "my photos")[-1]
+        self.assertIn("my runs/nim", shlex.split(command))
 
     def test_run_put_in_front_is_needed(self):
         """Also where no classifier of the table starts from it."""
@@ -153,8 +158,10 @@ class TestCompare(WithSmallTable):
                              (str(photos()), run_module.commit(), "6"))
             self.assertRegex(result.out, rf"\n{row['defense']} +{row['level']} +{row['clean'][:-1]} ")
         with mock.patch.object(compare, "measure", side_effect=AssertionError):
-            again = finished(self.compare())
-        self.assertEqual(again.out.partition("\n6 test")[2], result.out.partition("\n6 test")[2])
+                again = finished(self.compare())
+        tables_printed = [out.partition("\n6 val images")[2] for out in (again.out, result.out)]
+        self.assertIn("De³", tables_printed[0])
+        self.assertEqual(*tables_printed)
         self.assertEqual(read_csv(self.folder / "compare.csv"), rows)
 
     def test_means_over_seeds(self):
@@ -165,7 +172,6 @@ class TestCompare(WithSmallTable):
         checkpoint = torch.load(self.folder / "seed1/clean/checkpoint.pt")
         checkpoint["settings"]["seed"] = 1
         torch.save(checkpoint, self.folder / "seed1/clean/checkpoint.pt")
-        (self.folder / "compare.csv").unlink()
         figures = [dict(clean=90 + seed, no_eot=50 + 2 * seed, one_shot=40 + 2 * seed)
                    for seed in (0, 1)]
         with mock.patch.object(compare, "measure", side_effect=figures):
@@ -183,11 +189,13 @@ class TestCompare(WithSmallTable):
         shutil.copytree(self.runs() / "de3", self.folder / "clean", dirs_exist_ok=True)
         with mock.patch.object(compare, "measure", return_value=dict.fromkeys(compare.MEASURED, 50.0)):
             result = finished(self.compare("--only", "undefended"))
-        self.assertRegex(result.out, "note: .*clean was made by: python finetune.py .*--sigma uniform:0,30"
-                                     ".*, and the table says: python finetune.py --mode clean\n")
-        same = "python finetune.py --bf16 --sigma uniform:0,30 --seed 3 --out runs/x --workers 2"
-        self.assertEqual(tables.flags_of(same), tables.flags_of("--sigma uniform:0,30"))
-        self.assertNotEqual(tables.flags_of(same + " --epochs 2"), tables.flags_of(same))
+        self.assertRegex(result.out, "note: .*clean was made by: .*--sigma uniform:0,30"
+                                     ".*, and the table says: finetune.py --mode clean\n")
+        same = "python finetune.py --bf16 --sigma uniform:0,30 --seed 3 --out runs/x --init a/nim --workers 2"
+        decides = tables.what_decides
+        self.assertEqual(decides(same), decides("finetune.py --init @/nim --sigma uniform:0,30"))
+        for other in (same + " --epochs 2", same.replace("finetune", "pretrain"), same.replace("nim", "mim")):
+            self.assertNotEqual(decides(other), decides(same))
 
     def test_other_data(self):
         """Said of every run that was trained on other data, not of the first alone."""
@@ -232,12 +240,16 @@ class TestCompare(WithSmallTable):
                 self.assertEqual(self.measured(), [])
 
     def test_other_code(self):
-        """An edited file that decides a cell, though no weight changed; also of a class by itself."""
+        """An edited file that decides a cell, though no weight changed; and back."""
         self.runs()
         self.measured()
-        with mock.patch.object(run_module, "digests", lambda files: dict.fromkeys(files, "edited")):
-            self.assertEqual(len(self.measured()), 5)
-            self.assertEqual(len(self.measured()), 0)
+        digest_of_file = run_module.digest_of_file
+        for name in ("attack.py", "studies/compare.py", "support/report.py"):
+            def digest(file, name=name):
+                return "edited" if file == name else digest_of_file(file)
+            with self.subTest(name), mock.patch.object(run_module, "digest_of_file", digest):
+                self.assertEqual(len(self.measured()), 0 if name == "support/report.py" else 5)
+                self.assertEqual(len(self.measured()), 0)
         self.assertEqual(len(self.measured()), 0)
 
     def test_other_images(self):
@@ -246,10 +258,10 @@ class TestCompare(WithSmallTable):
         self.measured()
         other = copy_of_photos()
         self.assertEqual(len(self.measured(dataset=other)), 0)
-        path = other / "val" / "red" / "0.png"
-        with Image.open(path) as image:
-            image.putpixel((3, 4), (1, 2, 3))
-            image.save(path)
+        for path in other.glob("val/red/*.png"):
+            with Image.open(path) as image:
+                image.putpixel((3, 4), (1, 2, 3))
+                image.save(path)
         self.assertEqual(len(self.measured(dataset=other)), 5)
         self.assertEqual(len(self.measured(dataset=other)), 0)
         self.assertEqual(len(self.measured()), 0)
@@ -265,27 +277,25 @@ class TestCompare(WithSmallTable):
                 self.assertEqual(len(self.measured(*one, *flags)), 0)
 
     def test_table_of_an_earlier_layout(self):
-        """A row that lacks a column says nothing of it: measured anew, and the old row is kept."""
+        """With other columns: nothing in it is taken for measured, and it is left as it is."""
         self.runs()
         self.measured()
         path = self.folder / "compare.csv"
         rows = [{name: row[name] for name in row if name != "code"} for row in read_csv(path)]
-        with open(path, "w", newline="", encoding="utf-8-sig") as file:
+        with open(path, "w", newline="", encoding="utf-8") as file:
             table = csv.DictWriter(file, list(rows[0]))
             table.writeheader()
             table.writerows(rows)
-        self.assertEqual(len(self.measured()), 5)
-        self.assertEqual([row["code"] == "" for row in read_csv(path)], [True] * 5 + [False] * 5)
+        with mock.patch.object(compare, "measure", return_value=dict.fromkeys(compare.MEASURED, 50.0)):
+            assert_refused(self.compare(), ("compare.csv is a table with other columns", "move it away"))
+        self.assertEqual(read_csv(path), rows)
 
     def test_refuses(self):
-        path = self.runs() / "compare.csv"
-        for content, words in (("a;b\n1;2\n", "separated by commas"),
-                               ("defense,clean\nDe³,much\n", "could not convert string to float")):
-            path.write_text(content)
-            assert_refused(self.compare(), ("compare.csv is not a table", words))
-            self.assertEqual(path.read_text(), content)
-        for flags in (["--seeds", -1], ["--eps", 8], ["--only"], ["--norm", "l2"]):
-            assert_refused(self.compare(*flags), flags[0])
+        self.runs()
+        for flags, words in (
+                (["--seeds", "x"], "--seeds"), (["--eps", 8], "at most 1 (write 8/255)"),
+                (["--only"], "--only"), (["--norm", "l2"], "--norm"), (["--images", 0], "--images")):
+            assert_refused(self.compare(*flags), words)
         assert_refused(run("studies.compare", "much"), "much")
 
 
@@ -293,8 +303,8 @@ class TestReadings(unittest.TestCase):
     def readings(self, model):
         """What `measure` finds for a defense of the linear classifier, on 40 digits."""
         _, (images, labels) = linear_on_digits()
-        batches = [(images[:20], labels[:20]), (images[20:40], labels[20:40])]
-        return compare.measure(model, batches, eps=0.05, l2=0.5, steps=5, eot=4, seed=0)
+        return compare.measure(model, images[:40], labels[:40], eps=0.05, l2=0.5, steps=5, eot=4, seed=0,
+                               batch=20)
 
     def test_readings(self):
         """Stricter readings are lower; where nothing is random they are one."""
@@ -320,7 +330,7 @@ class TestReadings(unittest.TestCase):
         model, (images, labels) = linear_on_digits()
         defense = De3(small_autoencoder(image_size=32).eval(), model, 20)
         with mock.patch.object(compare, "pgd", wraps=compare.pgd) as attacks:
-            found = compare.measure(defense, [(images[:8], labels[:8])], 0.05, 0, 2, 2, 0)
+            found = compare.measure(defense, images[:8], labels[:8], 0.05, 0, 2, 2, 0, batch=8)
         gray = [call for call in attacks.call_args_list if call.args[0] is model]
         self.assertEqual(len(gray), 1)
         self.assertEqual(gray[0].kwargs.get("eot", 1), 1)
@@ -335,7 +345,7 @@ class TestReadings(unittest.TestCase):
         for sigma, expected in ((20, 3), (0, 9)):
             defense = De3(small_autoencoder(image_size=32).eval(), model, sigma)
             with mock.patch.object(compare, "pgd", wraps=compare.pgd) as attacks:
-                compare.measure(defense, [(images[:9], labels[:9])], 0.05, 1, 2, 2, 0, every=3)
+                compare.measure(defense, images[:9], labels[:9], 0.05, 1, 5, 2, 0, batch=9, every=3)
             seen = {call.args[0] is model: set() for call in attacks.call_args_list}
             for call in attacks.call_args_list:
                 seen[call.args[0] is model].add(len(call.args[1]))
@@ -347,239 +357,183 @@ class TestReadings(unittest.TestCase):
 
         def own_noise(x, sigma, noise=None):
             return x + 0.1 * torch.rand_like(x)
-        with mock.patch("model.add_noise", own_noise), contextlib.redirect_stdout(io.StringIO()) as printed:
-            found = compare.measure(NoiseOnly(None, model, 100), [(images[:5], labels[:5])], 0.05, 0, 2, 2, 0)
+        with mock.patch("model.add_noise", own_noise), \
+                contextlib.redirect_stdout(io.StringIO()) as printed:
+            found = compare.measure(NoiseOnly(None, model, 100), images[:5], labels[:5], 0.05, 0, steps=2,
+                                    eot=2, seed=0, batch=5)
         self.assertNotIn("noise_known", found)
         self.assertIn("one_shot", found)
         self.assertIn("noise known is left out", printed.getvalue())
+
+    def test_known_noise_of_rounds(self):
+        """A defense that adds noise again in a second round is another one than that of a given noise."""
+        model, (images, _) = linear_on_digits()
+
+        class Twice(NoiseOnly):
+            def purify(self, x):
+                return super().purify(super().purify(x))
+        few = images[:3]
+        self.assertTrue(compare.takes_known_noise(NoiseOnly(None, model, 100), few))
+        self.assertFalse(compare.takes_known_noise(Twice(None, model, 100), few))
+        self.assertFalse(compare.takes_known_noise(NoiseOnly(None, model, "uniform:0,100"), few))
+        self.assertFalse(compare.takes_known_noise(model, few))
 
     def test_known_noise_is_the_same_for_all_images(self):
         """And the attacker's: each of three noises is drawn once, fixed, and attacked without EOT."""
         model, (images, labels) = linear_on_digits()
         defense = NoiseOnly(None, model, 100)
         with mock.patch.object(compare, "pgd", wraps=compare.pgd) as attacks:
-            compare.with_known_noise(defense, images[:5], labels[:5], 0.05, 4)
-        noises = [call.args[0].noise for call in attacks.call_args_list]
-        self.assertEqual([noise.shape for noise in noises], [images[0].shape] * compare.KNOWN_NOISES)
-        self.assertFalse(torch.equal(noises[0], noises[1]))
-        for call in attacks.call_args_list:
+            compare.measure(defense, images[:6], labels[:6], 0.05, 0, steps=4, eot=2, seed=0, batch=3)
+        attacks = [call for call in attacks.call_args_list
+                   if getattr(call.args[0], "noise", None) is not None]
+        noises = [call.args[0].noise for call in attacks]  # two batches each
+        self.assertEqual([noise.shape for noise in noises], [images[0].shape] * 2 * compare.KNOWN_NOISES)
+        self.assertEqual(len({id(noise) for noise in noises}), compare.KNOWN_NOISES)
+        self.assertTrue(torch.equal(noises[0], noises[1]))
+        self.assertFalse(torch.equal(noises[0], noises[2]))
+        for call in attacks:
             self.assertFalse(call.args[0].is_random)
-            self.assertEqual((call.args[4], call.kwargs.get("eot", 1)), (8, 1))
+            self.assertEqual((call.kwargs["steps"], call.kwargs.get("eot", 1)), (8, 1))
         self.assertIsNone(defense.noise)  # the defense itself stays random
 
+    def test_compiled(self):
+        """What torch.compile wraps is measured as it is, and left as it is."""
+        model, _ = linear_on_digits()
+        defense = NoiseOnly(None, model, 100)
+        compiled = torch.compile(defense)
+        self.assertEqual(self.readings(compiled), self.readings(defense))
+        self.assertTrue(defense.is_random and defense.noise is None)
 
-def attack_row(words="De³ σ = 50", attack="pgd+eot", robust="40", **changes):
-    """A row of attack.csv."""
-    level = words[words.index("σ"):] if "σ" in words else "mask 0.5" if "mask" in words else "off"
-    row = dict(defense=words, run="runs/de3", level=level, attack=attack, norm="linf", eps="0.0627451",
-               steps="20", step_size="0.00784314", restarts="1", eot="8" if "eot" in attack else "1",
-               loss="ce", threat="white", reading="one shot", draws="5", data="digits", split="test",
-               images="80", pixels="abc", seed="0", precision="fp32", clean_accuracy="90.0",
-               robust_accuracy=robust, seconds="1.0", weights="w", code="c", commit="d8e")
-    return {**row, **changes}
+    def test_bytes_and_batches(self):
+        """Images that are kept as bytes, and any size of batches, give the same readings."""
+        model, (images, labels) = linear_on_digits()
+        as_bytes = (255 * images[:10]).round().to(torch.uint8)
+        readings = [compare.measure(model, x, labels[:10], 0.05, 0.5, steps=1, eot=1, seed=0, batch=batch)
+                    for x, batch in ((as_bytes, 10), (as_bytes.float() / 255, 10), (as_bytes, 3))]
+        self.assertEqual(readings[0], readings[1])
+        self.assertEqual(readings[0]["clean"], readings[2]["clean"])
 
 
-ATTACKED = [attack_row("undefended", "fgsm", "60", step_size="0.06"),
-            attack_row("undefended", "pgd", "20"),
-            attack_row("De³ σ = 0", "pgd", "30"), attack_row("De³ σ = 50", "pgd", "50"), attack_row()]
-POINTS = {"undefended": {"off": [(90, 20)]}, "De³": {"σ = 0": [(90, 30)], "σ = 50": [(90, 40)]}}
-
-
-def compared_row(words="De³", level="σ = 50", seed="0", one_shot="40", **changes):
+def compared_row(name="De³", level="σ = 50", seed="0", one_shot="40", **changes):
     """A row of compare.csv."""
-    row = dict(defense=words, level=level, seed=seed, run="runs/de3", data="digits", split="test",
-               images="100", pixels="abc", norm="linf", eps="0.0627451", l2_radius="1", steps="20",
+    value = level.removeprefix("σ = ") if level.startswith("σ") else ""
+    row = dict(defense=name, level=level, value=value, seed=seed, run="runs/de3", data="digits", split="test",
+               images="100", every="1", pixels="abc", norm="linf", eps="0.0627451", l2_radius="1", steps="20",
                eot="8", attack_seed="0", precision="fp32", weights="w" + seed, code="c", commit="d8e",
                clean="90.0", gray_box="80", no_eot="50", one_shot=one_shot, ten_tries="20",
-               noise_known="30")
+               noise_known="30", clean_ten_tries="70")
     return {**row, **changes}
 
 
 class TestPlot(unittest.TestCase):
-    def choose(self, rows, attack=None, eps=None, threat=None):
-        """(the points of the rows that are drawn, the title, what is printed of those left out)."""
-        args = argparse.Namespace(attack=attack, eps=eps, threat=threat, against_clean=False,
-                                  ladder=False)
-        with contextlib.redirect_stdout(io.StringIO()) as out, \
-                mock.patch.object(plot.run, "digest_of_files", return_value="c"):
-            chosen = plot.choose_rows(copy.deepcopy(rows), args)
-        return plot.points_of(chosen, ("one_shot",)), plot.title_of(chosen, args), out.getvalue()
-
-    def test_code_of_today(self):
-        """Rows of today's code are drawn, also where a later row has another; else it is said."""
-        rows = [compared_row(code=code) for code in ("c", "old")]
-        _, _, printed = self.choose(rows)
-        self.assertIn("whose code is not c", printed)
-        _, _, printed = self.choose(rows[1:])
-        self.assertIn("no row was measured by the code of today", printed)
-
-    def test_levels_that_are_no_sigma(self):
-        """Each is a line of its own; a level between two others is no spread over seeds."""
-        rows = [attack_row("JPEG quality 10", robust="10", level="quality 10"),
-                attack_row("JPEG quality 90", robust="20", level="quality 90"),
-                attack_row("De³ σ = uniform:0,50", robust="30", level="σ = uniform:0,50")]
-        points, _, _ = self.choose(rows)
-        self.assertEqual({name: levels["off"] for name, levels in points.items()},
-                         {"JPEG, quality 10": [(90, 10)], "JPEG, quality 90": [(90, 20)],
-                          "De³, σ = uniform:0,50": [(90, 30)]})
-
-    def test_trained_anew(self):
-        """Of a run that was trained anew only the rows of its last weights are drawn."""
-        rows = [attack_row("De³ σ = 0", robust="10", weights="old"),
-                attack_row("De³ σ = 50", robust="20", weights="new")]
-        points, _, printed = self.choose(rows)
-        self.assertEqual(points, {"De³": {"σ = 50": [(90, 20)]}})
-        self.assertIn("trained anew", printed)
-
-    def test_one_attack(self):
-        """With EOT where nothing else is honest; one curve over sigma; FGSM is another attack."""
-        points, title, printed = self.choose(ATTACKED)
-        self.assertEqual(points, POINTS)
-        self.assertEqual(title, "80 test images, PGD-20, EOT 8, 16/255, one seed")
-        self.assertRegex(printed, "left out: 1 rows whose step_size is not 0.00784314\n")
-        self.assertRegex(printed, "left out: 1 rows .*without EOT beside one with it\n")
-        points, title, _ = self.choose(ATTACKED, attack="fgsm")
-        self.assertEqual(points, {"undefended": {"off": [(90, 60)]}})
-        self.assertIn("FGSM", title)
-
-    def test_other_rows_are_left_out(self):
-        """Whatever makes them another attack, other images, or other code: one by one, and counted."""
-        for name, value in [
-                ("threat", "gray"), ("step_size", "0.001"), ("seed", "1"), ("code", "other"),
-                ("eps", "0.0313725"), ("norm", "l2"), ("steps", "100"), ("loss", "ce+margin"),
-                ("restarts", "3"), ("pixels", "other"), ("images", "20"), ("data", "cifar10"),
-                ("split", "val"), ("precision", "bf16"), ("attack", "fgsm")]:
-            with self.subTest(name):
-                others = [{**row, name: value, "robust_accuracy": "77", "clean_accuracy": "77"}
-                          for row in ATTACKED[1:]]
-                points, _, printed = self.choose(others + ATTACKED)
-                self.assertEqual(points, POINTS)
-                number = dict(seed=3, step_size=5).get(name, 4)  # 3: without EOT no more; 5: FGSM, too
-                self.assertRegex(printed, rf"left out: {number} rows .*{name}")
-                expected = {defense: {level: [(77, 77)] for level in levels}
-                            for defense, levels in POINTS.items()}
-                if name == "code":  # that of today is drawn, wherever it stands
-                    expected = POINTS
-                self.assertEqual(self.choose(ATTACKED + others)[0], expected)
-
-    def test_chosen_by_flags(self):
-        """--attack, --eps and --threat; the attack's name is that of its rows with EOT, too."""
-        gray = [{**row, "threat": "gray", "robust_accuracy": "77"} for row in ATTACKED]
-        weak = [{**row, "eps": "0.0313725", "robust_accuracy": "88"} for row in ATTACKED]
-        rows = gray + weak + ATTACKED
-        self.assertEqual(self.choose(rows, threat="gray")[0]["De³"]["σ = 50"], [(90, 77)])
-        self.assertIn("gray-box PGD", self.choose(rows, threat="gray")[1])
-        points, title, _ = self.choose(rows, eps=8 / 255)
-        self.assertEqual(points["undefended"]["off"], [(90, 88)])
-        self.assertIn("8/255", title)
-        for name in ("pgd", "pgd+eot"):
-            self.assertEqual(self.choose(rows, attack=name)[0], POINTS)
-        with self.assertRaisesRegex(ValueError, "no row of that attack"):
-            self.choose(rows, eps=0.5)
-
-    def test_measured_again(self):
-        """The latest row of each defense counts; masking has no sigma."""
-        again = attack_row(robust="44", weights="other")
-        mim = attack_row("MIM mask 0.5", robust="1")
-        points, _, printed = self.choose([*ATTACKED, mim, again])
-        self.assertEqual(points["De³"]["σ = 50"], [(90, 44)])
-        self.assertIn("left out: 1 rows of masking", printed)
-
-    def test_two_runs_of_one_name(self):
-        """A curve for each run, whichever call put the run into the name."""
-        other = [attack_row("De³ σ = 0", run="runs/bad", robust="1"),
-                 attack_row("De³ σ = 50 (runs/bad)", run="runs/bad", robust="2", level="σ = 50")]
-        points, _, _ = self.choose([*ATTACKED, *other])
-        self.assertEqual(points, {
-            "undefended": {"off": [(90, 20)]}, "De³ (runs/de3)": {"σ = 0": [(90, 30)], "σ = 50": [(90, 40)]},
-            "De³ (runs/bad)": {"σ = 0": [(90, 1)], "σ = 50": [(90, 2)]}})
-        self.assertEqual(plot.names_to_draw(points), ["undefended", "De³ (runs/de3)", "De³ (runs/bad)"])
-
-    def test_comparison(self):
-        """One point for each seed; the three readings, or one of them."""
-        rows = [compared_row(seed=seed, one_shot=value) for seed, value in (("0", "40"), ("1", "50"))]
-        points, title, printed = self.choose(rows)
-        self.assertEqual(points, {"De³": {"σ = 50": [(90, 40), (90, 50)]}})
-        self.assertEqual(title, "100 test images, PGD-20, EOT 8, 16/255, mean ± deviation of 2 seeds")
-        self.assertEqual(printed, "")
-        self.assertEqual(plot.points_of(rows, plot.READINGS), {"De³": {"σ = 50": [(90, 20), (90, 20)]}})
-        without = [compared_row(ten_tries="", noise_known="")]
-        self.assertEqual(plot.points_of(without, plot.READINGS), {"De³": {"σ = 50": [(90, 40)]}})
-
-    def test_comparison_measured_again(self):
-        """Other code, weights, images or settings: the latest alone, no mean with the earlier ones."""
-        for name, value in [("code", "other"), ("weights", "other"), ("eot", "32"), ("attack_seed", "1"),
-                            ("pixels", "other"), ("l2_radius", "2"), ("steps", "40"), ("eps", "0.03")]:
-            with self.subTest(name):
-                old = [compared_row(seed=seed, one_shot="7", **{name: value}) for seed in "01"]
-                points, title, printed = self.choose([*old, compared_row(), compared_row(seed="1")])
-                self.assertEqual(points, {"De³": {"σ = 50": [(90, 40), (90, 40)]}})
-                self.assertIn("EOT 8", title)
-                self.assertIn("left out: 2 rows", printed)
-
-    def test_seeds(self):
-        """Of the attack in attack.csv, of the training in compare.csv."""
-        rows = [{**row, "seed": seed, "robust_accuracy": robust}
-                for seed, robust in (("0", "10"), ("1", "20")) for row in ATTACKED[1:]]
-        points, title, printed = self.choose(rows)
-        self.assertEqual(points["De³"], {"σ = 0": [(90, 20)], "σ = 50": [(90, 20)]})
-        self.assertIn("one seed", title)
-        self.assertIn("another seed of the attack than 1", printed)
-
     def save(self, rows):
         """The rows as a table; its path."""
-        path = new_folder() / "table.csv"
+        path = new_folder() / "compare.csv"
         with open(path, "w", newline="", encoding="utf-8") as file:
             table = csv.DictWriter(file, list(rows[0]))
             table.writeheader()
             table.writerows(rows)
         return path
 
-    def test_order_of_levels(self):
-        """By sigma, not as they stand in the table, or as text."""
-        self.assertEqual(sorted(["σ = 100", "σ = 50", "off", "σ = 0"], key=plot.sigma_of),
-                         ["off", "σ = 0", "σ = 50", "σ = 100"])
+    def choose(self, rows):
+        """({name: {sigma: one shot of each seed}}, the title, what is printed of those left out)."""
+        with contextlib.redirect_stdout(io.StringIO()) as out, \
+                mock.patch.object(plot.run, "digest_of_files", return_value="c"):
+            chosen = plot.rows_of_one_attack(self.save(copy.deepcopy(rows)))
+            found = plot.defenses_to_draw(chosen)
+        points = {name: {sigma: [float(row["one_shot"]) for row in of_sigma]
+                         for sigma, of_sigma in levels.items()} for name, levels in found.items()}
+        return points, plot.title_of(chosen), out.getvalue()
+
+    def test_seeds_and_sigmas(self):
+        """One point for each seed, sigma as a number; what has none is a level of its own."""
+        rows = [compared_row(seed=seed, one_shot=value) for seed, value in (("0", "40"), ("1", "50"))]
+        rows += [compared_row("undefended", "off", "0", "0"), compared_row(level="σ = 100", one_shot="30")]
+        points, title, printed = self.choose(rows)
+        self.assertEqual(points, {"De³": {50: [40, 50], 100: [30]}, "undefended": {None: [0]}})
+        self.assertEqual(title, "100 test images, PGD-20, EOT 8, 16/255, mean of 2 seeds")
+        self.assertEqual(printed, "")
+        self.assertIn("one seed", self.choose(rows[1:2])[1])
+        self.assertIn("(one in 4 where", self.choose([compared_row(every="4")])[1])
+
+    def test_one_attack(self):
+        """Whatever makes earlier rows another measurement than the last one leaves them out, counted."""
+        for name, value in [("eps", "0.0313725"), ("norm", "l2"), ("l2_radius", "2"), ("steps", "100"),
+                            ("eot", "32"), ("data", "cifar10"), ("split", "val"), ("images", "20"),
+                            ("every", "4"), ("pixels", "other"), ("precision", "bf16"), ("code", "other"),
+                            ("attack_seed", "1")]:
+            with self.subTest(name):
+                old = [compared_row(seed=seed, one_shot="7", **{name: value}) for seed in "01"]
+                points, title, printed = self.choose([*old, compared_row(), compared_row(seed="1")])
+                self.assertEqual(points, {"De³": {50: [40, 40]}})
+                self.assertIn("EOT 8", title)
+                self.assertIn("left out: 2 rows", printed)
+
+    def test_measured_again(self):
+        """Of a run that was trained anew the latest row counts."""
+        points, _, printed = self.choose([compared_row(one_shot="7", weights="old"), compared_row()])
+        self.assertEqual(points, {"De³": {50: [40]}})
+        self.assertIn("left out: 1 rows", printed)
+
+    def test_other_code(self):
+        """That the table is not of today's code is said."""
+        _, _, printed = self.choose([compared_row(code="old")])
+        self.assertIn("measured by other code than that of today (commit d8e)", printed)
+
+    def test_what_is_not_drawn(self):
+        """Masking, and others that a picture has no room for, are named."""
+        rows = [compared_row("MIM, whole output", "mask 0.5"), compared_row("De³ off the shelf"),
+                compared_row()]
+        points, _, printed = self.choose(rows)
+        self.assertEqual(list(points), ["De³"])
+        self.assertIn("left out: De³ off the shelf, MIM, whole output\n", printed)
+        with self.assertRaisesRegex(UserError, "no defense that is drawn"):
+            self.choose(rows[:1])
+
+    def test_readings(self):
+        """The worst of three, or of those that were measured; the mean of what is there."""
+        rows = [compared_row(), compared_row(ten_tries="", noise_known="", one_shot="50")]
+        self.assertEqual([plot.worst(row) for row in rows], [20, 50])
+        self.assertEqual(plot.average(rows, "one_shot"), 45)
+        self.assertEqual(plot.average(rows, "ten_tries"), 20)
+        self.assertIsNone(plot.average(rows[1:], "ten_tries"))
+
+    def test_colors(self):
+        """One for each kind, by the longest beginning that fits; what is not known is gray."""
+        names = ["undefended", "De³", "De³, the paper's Γ(25, 3), U(0, 30)", "noise only, U(0, 60)",
+                 "adversarial training 4/255"]
+        styles = [plot.style_of(name) for name in names]
+        self.assertEqual(len(set(styles)), 5)
+        self.assertEqual(plot.style_of("De³, fine-tuned on U(0, 60)"), plot.style_of("De³"))
+        self.assertEqual(plot.style_of("JPEG")[0], "#777777")
 
     @unittest.skipUnless(importlib.util.find_spec("matplotlib"), "matplotlib is not installed")
     def test_script(self):
-        compared = [compared_row(name, level, seed, seed + "5") for seed in "12" for name, level in
-                    (("undefended", "off"), ("De³", "σ = 0"), ("De³", "σ = 100"))]
-        for rows in (ATTACKED, compared):
-            path = self.save(rows)
-            finished(run("studies.plot", "--table", path))
-            assert_picture(path.with_name("tradeoff.png"))
-        finished(run("studies.plot", "--table", path, "--out", path.with_name("other.png")))
-        assert_picture(path.with_name("other.png"))
-        finished(run("studies.plot", "--table", path, "--against-clean"))
-        assert_picture(path.with_name("tradeoff.png"))
-        refused = run("studies.plot", "--table", self.save(ATTACKED), "--against-clean")
-        assert_refused(refused, "give it a compare.csv")
-        assert_refused(run("studies.plot", "--table", self.save(ATTACKED[:2])), "fewer than two sigmas")
-
-    @unittest.skipUnless(importlib.util.find_spec("matplotlib"), "matplotlib is not installed")
-    def test_ladder(self):
-        """A curve for each level; those beyond the six that can be told apart, and other rows, are named."""
-        rows = [compared_row("De³", f"σ = {sigma}", gray_box="60", no_eot="50") for sigma in range(7)]
-        rows.append(compared_row("De³ off the shelf", "σ = 0", gray_box="60", no_eot="50"))
-        rows.append(compared_row("undefended", "off", gray_box="0", no_eot="0"))
+        """Three kinds of picture, each with a name of its own, unless --out says otherwise."""
+        rows = [compared_row(name, level, seed, seed + "5") for seed in "12" for name, level in
+                (("undefended", "off"), ("De³", "σ = 0"), ("De³", "σ = 100"), ("noise only", "σ = 100"))]
         path = self.save(rows)
-        result = finished(run("studies.plot", "--table", path, "--ladder"))
-        assert_picture(path.with_name("tradeoff.png"))
-        self.assertIn("left out: De³, σ = 6, of more than 6 curves", result.out)
-        self.assertIn("left out: De³ off the shelf, ", result.out)
-        self.assertIn("left out: undefended, which keeps under 5% in gray-box", result.out)
+        for flags, name in (
+                ([], "tradeoff.png"), (["--against-clean"], "tradeoff.png"), (["--ladder"], "ladder.png"),
+                (["--out", path.with_name("other.png")], "other.png"),
+                (["--ladder", "--only", "De³"], "ladder.png")):
+            with self.subTest(flags):
+                picture = path.with_name(name)
+                picture.unlink(missing_ok=True)
+                self.assertIn(f"wrote {picture}", finished(run("studies.plot", "--table", path, *flags)).out)
+                assert_picture(picture)
+        assert_refused(run("studies.plot", "--table", path, "--only", "noise only"), "fewer than two sigmas")
+        assert_refused(run("studies.plot", "--table", path, "--only", "JPEG"), "no defense that is drawn")
+        assert_refused(run("studies.plot", "--table", path, "--ladder", "--against-clean"), "not allowed")
 
     def test_refuses(self):
         folder = new_folder()
-        assert_refused(run("studies.plot", "--table", folder / "none.csv"), "none.csv")
-        assert_refused(run("studies.plot", "--table", self.save([{"a": 1, "b": 2}])), "is no table of")
-        no_number = [{**row, "robust_accuracy": "much"} for row in ATTACKED]
-        assert_refused(run("studies.plot", "--table", self.save(no_number)), "is damaged")
-        binary = folder / "binary.csv"
-        binary.write_bytes(b"\xff\xfe\0")
-        assert_refused(run("studies.plot", "--table", binary), "binary.csv")
+        assert_refused(run("studies.plot", "--table", folder / "none.csv"), ("none.csv", "studies.compare"))
+        for rows in ([{"a": 1, "b": 2}], [dict(defense="de3", level="σ = 50", robust_accuracy="40")]):
+            assert_refused(run("studies.plot", "--table", self.save(rows)), "is no table of studies.compare")
         with mock.patch.dict(sys.modules, {"matplotlib.figure": None}):
-            assert_refused(run("studies.plot", "--table", self.save(ATTACKED)), "pip install")
+            rows = [compared_row(level=level) for level in ("σ = 0", "σ = 50")]
+            assert_refused(run("studies.plot", "--table", self.save(rows)), "pip install matplotlib")
 
 
 if __name__ == "__main__":

@@ -5,11 +5,9 @@ from unittest import mock
 
 import torch
 
-import finetune
-import pretrain
 from model import De3
-from tests.helpers import (assert_refused, finished, new_folder, photo_autoencoder,
-                           photo_classifier, photo_flags, photos, read_csv, run, saved, training)
+from tests.helpers import (assert_refused, finished, new_folder, photo_autoencoder, photo_classifier,
+                           photo_flags, photos, run, saved, training)
 
 
 class TestFlags(unittest.TestCase):
@@ -22,27 +20,24 @@ class TestFlags(unittest.TestCase):
         out = new_folder() / "run"
         nim, mim = (("--autoencoder", photo_autoencoder(task), "--out", out) for task in ("nim", "mim"))
         clean = ("--mode", "clean", *nim)
-        for script, *flags in (("pretrain", "--task", "mim", "--out", out), ("finetune", *clean),
-                               ("finetune", "--adversarial", "8/255", *nim)):
-            self.refused(script, *flags, "--sigma", 75, says="--sigma changes nothing")
-        for flag in (("--keep-visible",), ("--max-mask-ratio", 0.3)):
-            self.refused("finetune", *clean, *flag, says=f"{flag[0]} changes nothing")
-            self.refused("finetune", *nim, *flag, says=f"{flag[0]} changes nothing unless behind MIM")
-        self.refused("finetune", *mim, "--sigma", 75, says="--sigma changes nothing behind MIM")
-        self.refused("finetune", *clean, "--from-scratch", says="--autoencoder changes nothing")
+        for script, *flags, mode in (("pretrain", "--task", "mim", "--out", out, "MIM"),
+                                     ("finetune", *clean, "--mode clean"), ("finetune", *mim, "--mode mim"),
+                                     ("finetune", "--adversarial", "8/255", *nim, "--mode clean"),
+                                     ("finetune", "--mode", "mim-visible", *mim, "--mode mim-visible")):
+            self.refused(script, *flags, "--sigma", 75, says=f"--sigma changes nothing in {mode}")
+        for mode in ("clean", "no-denoise"):
+            for start in (["--from-scratch"], ["--arch", "resnet18"], ["--init", photo_classifier("clean")]):
+                self.refused("finetune", "--mode", mode, *start, *nim, says="--autoencoder changes nothing")
         self.assertFalse(out.exists())
 
     def test_ignored_in_evaluation(self):
-        clean, de3 = photo_classifier("clean"), photo_classifier()
+        de3, photo = photo_classifier(), next(photos().glob("val/*/*"))
         self.refused("attack", de3, "--norm", "l2", says="--norm l2 needs --eps")
-        self.refused("attack", de3, "--attack", "pgd", "--eot", 9, says="--eot changes nothing")
-        self.refused("attack", de3, "--threat", "gray", "--eot", 9, says="--eot changes nothing")
-        for run_ in (clean, de3):
-            self.refused("attack", run_, "--mask-ratio", 0.5, says="--mask-ratio changes nothing")
-        self.refused("attack", de3, "--step-size", 0, says="--step-size 0 moves nothing")
-        for flag, value in (("--split", "val"), ("--images", 3), ("--eps", "2/255"), ("--steps", 3),
-                            ("--eot", 3)):
-            self.refused("defend", next(photos().glob("val/*/*")), flag, value, "--run", de3,
+        self.refused("attack", de3, "--defense", "de3:50", "--sigma", 9, says="--sigma changes nothing")
+        mim = photo_classifier("mim", "mim")
+        self.refused("attack", mim, "--sigma", 9, says="--sigma is not a level of mim")
+        for flag, value in (("--split", "val"), ("--eps", "2/255"), ("--steps", 3), ("--eot", 3)):
+            self.refused("defend", de3, flag, value, "--photos", photo,
                          says=f"{flag} changes nothing for photos")
 
     def test_bf16_is_used(self):
@@ -53,8 +48,7 @@ class TestFlags(unittest.TestCase):
             seen.add(torch.is_autocast_enabled("cpu"))
             return forward(de3, images)
         de3, photo = photo_classifier(), next(photos().glob("val/*/*"))
-        for words in (("defend", "--run", de3, "--images", 8, "--steps", 1),
-                      ("defend", photo, "--run", de3),
+        for words in (("defend", de3, "--images", 8, "--steps", 1), ("defend", de3, "--photos", photo),
                       ("attack", de3, "--images", 8, "--steps", 1, "--attack", "pgd"),
                       ("studies.certify", de3, "--images", 1, "--n", 10)):
             for flag in ("--bf16", "--no-bf16"):
@@ -66,21 +60,21 @@ class TestFlags(unittest.TestCase):
     def test_settings(self):
         """Of a run stand in its checkpoint as plain values; what its mode does not use is not set."""
         nim, mim = (saved(photo_autoencoder(task))["settings"] for task in ("nim", "mim"))
-        self.assertEqual((nim["sigma"], mim["mask_ratio"]), ("gamma:10,8", pretrain.MASK_RATIO))
-        self.assertNotIn("mask_ratio", nim)
-        self.assertIsNone(mim["sigma"])
-        behind, clean, de3 = (saved(photo_classifier(mode, task))["settings"] for mode, task
-                              in (("de3", "mim"), ("clean", "nim"), ("de3", "nim")))
-        self.assertEqual((behind["max_mask_ratio"], behind["sigma"]), (finetune.MAX_MASK_RATIO, None))
-        self.assertEqual((clean["max_mask_ratio"], clean["sigma"]), (None, None))
-        self.assertEqual((de3["max_mask_ratio"], de3["sigma"]), (None, "uniform:0,60"))
-        for found in (nim, mim, behind, clean, de3):
+        self.assertEqual((nim["task"], nim["sigma"]), ("nim", "gamma:10,8"))
+        self.assertEqual((mim["task"], mim["sigma"]), ("mim", None))
+        behind, clean, de3 = (saved(photo_classifier(mode, task)) for mode, task
+                              in (("mim", "mim"), ("clean", "nim"), ("de3", "nim")))
+        self.assertEqual([(found["settings"]["mode"], found["settings"]["sigma"], found["level"])
+                          for found in (behind, clean, de3)],
+                         [("mim", None, "uniform:0,0.75"), ("clean", None, None),
+                          ("de3", "uniform:0,60", "uniform:0,60")])
+        for found in (nim, mim, behind["settings"], clean["settings"], de3["settings"]):
             self.assertEqual((found["data"], found["size"], found["seed"]), (str(photos()), "tiny", 0))
             self.assertEqual((found["bf16"], found["max_batch"], found["weight_decay"]),
                              (False, 256, 0.05))
             for value in found.values():
                 self.assertIsInstance(value, (bool, int, float, str, type(None)))
-            for name in ("device", "workers", "out", "resume", "overwrite", "dry_run", "given"):
+            for name in ("device", "workers", "out", "resume", "overwrite", "command"):
                 self.assertNotIn(name, found)
 
     def test_said_once(self):
@@ -90,28 +84,15 @@ class TestFlags(unittest.TestCase):
         finished(run("finetune", "--mode", "clean", "--autoencoder", nim, *training(), "--out", out))
         found = saved(out)["settings"]
         self.assertEqual((found["data"], found["size"], found["seed"]), (str(photos()), "tiny", 5))
-        result = finished(run("defend", "--run", out, "--images", 6, "--steps", 1))
+        result = finished(run("defend", out, "--images", 6, "--steps", 1))
         self.assertIn(f"6 val images of {photos()}", result.out)
         self.assertEqual(saved(out)["data"]["name"], str(photos()))
 
-    def test_refused_early(self):
-        """Before the models and images are loaded."""
-        for script, flags, says in [
-                ("finetune", ("--adversarial", "4/3"), "more than the range of the pixels"),
-                ("defend", ("--eps", "16"), "more than the range of the pixels"),
-                ("studies.audit", ("--eps", "16"), "more than the range of the pixels"),
-                ("attack", ("--eps", "16"), "more than the range of the pixels"),
-                ("defend", (photos(),), "is a folder")]:
-            with mock.patch("support.data.load_dataset", side_effect=AssertionError), \
-                    mock.patch("support.weights.load_model", side_effect=AssertionError):
-                self.refused(script, *flags, says=says)
-
-    def test_run_path(self):
-        """A run's folder, or the checkpoint.pt in it."""
-        out, clean = new_folder(), photo_classifier("clean")
-        for name in (clean, clean / "checkpoint.pt"):
-            finished(run("attack", name, "--images", 3, "--attack", "fgsm", "--eps", "8/255",
-                         "--out", out))
-        one, two = read_csv(out / "attack.csv")
-        self.assertEqual({**one, "seconds": ""}, {**two, "seconds": ""})
-        self.assertEqual(one["run"], str(clean))
+    def test_radius_in_pixels(self):
+        """8 for 8/255: refused by the attack itself, in every stage, before a figure is kept."""
+        de3, out = photo_classifier(), new_folder()
+        for script in ("attack", "defend", "studies.audit"):
+            self.refused(script, de3, "--eps", 8, "--out", out, says="write 8/255")
+        self.assertEqual(list(out.iterdir()), [])
+        self.refused("finetune", "--autoencoder", photo_autoencoder(), "--adversarial", 8, *training(2),
+                     "--out", new_folder(), says="write 8/255")

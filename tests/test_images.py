@@ -3,13 +3,13 @@
 import contextlib
 import io
 import os
+import re
 import struct
 import unittest
 import warnings
 from unittest import mock
 
 import numpy as np
-import torch
 from PIL import Image, ImageOps
 
 import defend
@@ -103,9 +103,9 @@ class TestTransparency(unittest.TestCase):
         self.assertTrue((read[4:12, 8:24] == 0).all())
         folder = copy_of_photos()
         Image.fromarray(pixels).save(folder / "train" / "red" / "0.png")
-        images, labels = data.load_dataset(str(folder), "train", 32).tensors
-        drawing = images[labels == 2][0].double().mean().item()
-        self.assertAlmostEqual(drawing, 255 * (1 - 16 * 8 / 32**2), delta=1)
+        images, labels, _ = data.load_images(str(folder), "train", 32)
+        means = images[labels == 2].double().mean((1, 2, 3)) - 255 * (1 - 16 * 8 / 32**2)
+        self.assertEqual((means.abs() < 1).sum(), 1)
 
 
 class TestTurning(unittest.TestCase):
@@ -159,7 +159,7 @@ class TestTurning(unittest.TestCase):
         folder = copy_of_photos()
         block = exif((0x0100, 9, 1, struct.pack("<i", -5)), (0x0112, 3, 1, short(6)))
         self.image.save(folder / "train" / "red" / "0.jpg", exif=block)
-        images, _ = data.load_dataset(str(folder), "train", 32).tensors
+        images, _, _ = data.load_images(str(folder), "train", 32)
         self.assertEqual(len(images), 25)
 
 
@@ -190,7 +190,7 @@ class TestRefused(unittest.TestCase):
 
     def test_formats_that_are_accepted(self):
         folder = new_folder()
-        for suffix in (".jpg", ".png", ".bmp", ".ppm", ".tif", ".webp"):
+        for suffix in (".jpg", ".jfif", ".png", ".bmp", ".ppm", ".tif", ".webp"):
             Image.new("RGB", (9, 5), (200, 100, 50)).save(folder / f"a{suffix}")
             read = data.read_image(folder / f"a{suffix}")
             self.assertEqual((read.mode, read.size), ("RGB", (9, 5)))
@@ -206,7 +206,7 @@ class TestRefused(unittest.TestCase):
             whole = (folder / f"a{suffix}").read_bytes()
             (folder / f"a{suffix}").write_bytes(whole[:len(whole) // 2])
             self.assert_unreadable(folder / f"a{suffix}")
-        with self.assertRaisesRegex(UserError, "there is no image .*none.png"):
+        with self.assertRaisesRegex(UserError, "cannot read image .*none.png .*No such file"):
             data.read_image(folder / "none.png")
 
     def test_more_than_8_bits(self):
@@ -215,13 +215,22 @@ class TestRefused(unittest.TestCase):
             Image.fromarray(np.full((9, 9), 30000, dtype)).save(folder / name)
             self.assert_unreadable(folder / name, "more than 8 bits")
 
+    def test_strip(self):
+        """Enlarged to the model's size it would take gigabytes; a wide picture is none."""
+        folder = new_folder()
+        for name, size in (("a.png", (20_000, 3)), ("b.png", (3, 20_000)), ("c.png", (151, 3))):
+            Image.new("RGB", size).save(folder / name)
+            self.assert_unreadable(folder / name, f"a strip of {size[0]}x{size[1]} pixels")
+        Image.new("RGB", (150, 3)).save(folder / "d.png")
+        self.assertEqual(data.read_image(folder / "d.png").size, (150, 3))
+
     def test_in_a_data_folder(self):
         """Named, with images loaded in this process and in a loading process."""
         folder = copy_of_photos()
         broken = folder / "train" / "red" / "broken.png"
         broken.write_bytes(b"no image")
-        for memory, workers in ((data.MEMORY, 0), (0, 0), (0, 1)):
-            with mock.patch.object(data, "MEMORY", memory):
+        for small, workers in ((data.SMALL, 0), (31, 0), (31, 1)):
+            with mock.patch.object(data, "SMALL", small):
                 refused = run("pretrain", *photo_flags(folder), *training(), "--workers", workers,
                               "--out", new_folder() / "nim")
             assert_refused(refused, (broken, "JPEG, PNG"))
@@ -235,9 +244,9 @@ class TestNames(unittest.TestCase):
         red = folder / "train" / "red"
         (red / "0.png").rename(red / f"{BYTES_NAME}.png")
         (folder / "train" / "blue").rename(folder / "train" / BYTES_NAME)
-        for memory in (data.MEMORY, 0):
-            with mock.patch.object(data, "MEMORY", memory):
-                images = data.load_dataset(str(folder), "train", 32)
+        for small in (data.SMALL, 31):
+            with mock.patch.object(data, "SMALL", small):
+                images = data.load_training_images(str(folder), 32, data.eval_transform(32), 0)
             self.assertEqual(len(images), 24)
             self.assertEqual(images.classes, ["caf\udce9", "green", "red"])
             self.assertEqual([int(images[i][1]) for i in range(24)], [0] * 8 + [1] * 8 + [2] * 8)
@@ -251,25 +260,26 @@ class TestNames(unittest.TestCase):
         finished(run("pretrain", *photo_flags(folder), *training(), "--out", out / "nim"))
         finished(run("finetune", "--autoencoder", out / "nim", *training(), "--workers", 0))
         photo = folder / "val" / BYTES_NAME / "0.png"
-        argv = ["defend.py", str(photo), "--run", str(out / "de3"), "--sigma", "0", "--device", "cpu"]
+        argv = ["defend.py", str(out / "de3"), "--sigma", "0", "--device", "cpu", "--photos", str(photo)]
         with contextlib.redirect_stdout(io.TextIOWrapper(io.BytesIO(), "ascii")) as terminal, \
                 mock.patch("sys.argv", argv), warnings.catch_warnings(action="ignore"):
             cli.run_script(defend.main)
             terminal.flush()
             printed = terminal.buffer.getvalue().decode("ascii")
         self.assertIn("/val/caf?/0.png", printed)
-        finished(run("defend", "--run", out / "de3", "--images", 6, "--steps", 1, "--eot", 1))
+        finished(run("defend", out / "de3", "--images", 6, "--steps", 1, "--eot", 1))
         broken = folder / "val" / f"{BYTES_NAME}.png"
         broken.write_bytes(b"no image")
-        assert_refused(run("defend", broken, "--run", out / "de3"), broken)
+        assert_refused(run("defend", out / "de3", "--photos", broken), broken)
 
     def test_photograph(self):
         """Read, and its purified picture is written under the same bytes."""
         path, out = new_folder() / f"{BYTES_NAME}.png", new_folder()
         path.write_bytes((photos() / "val/red/0.png").read_bytes())
-        result = finished(run("defend", path, "--run", photo_classifier(), "--sigma", 0, "--out", out))
-        self.assertIn("De³ σ = 0", result.out)
-        self.assertEqual(os.listdir(os.fsencode(out / "purified")), [b"caf\xe9_de3_sigma0.png"])
+        result = finished(run("defend", photo_classifier(), "--photos", path, "--sigma", 0, "--out", out))
+        self.assertIn("de3, σ = 0: ", result.out)
+        written = os.fsencode(path.parent.name) + b"_caf\xe9_de3_sigma0.png"
+        self.assertEqual(os.listdir(os.fsencode(out / "purified")), [written])
 
 
 class TestPhotographs(unittest.TestCase):
@@ -280,16 +290,16 @@ class TestPhotographs(unittest.TestCase):
         return {path.name: np.array(Image.open(path)) for path in sorted((out / "purified").iterdir())}
 
     def defend(self, *names, out):
-        return finished(run("defend", *names, "--run", photo_classifier(), "--sigma", 0, "--out", out))
+        return finished(run("defend", photo_classifier(), "--photos", *names, "--sigma", 0, "--out", out))
 
     def test_two_of_one_name(self):
         """Of two folders, in two commands or in one: both are kept; the same one is not doubled."""
         red, blue = photos() / "val/red/0.png", photos() / "val/blue/0.png"
         alone = []
-        for photo in (red, blue):
+        for photo in (blue, red):
             out = new_folder()
             self.defend(photo, out=out)
-            self.assertEqual(list(self.purified(out)), ["0_de3_sigma0.png"])
+            self.assertEqual(list(self.purified(out)), [f"{photo.parent.name}_0_de3_sigma0.png"])
             alone += self.purified(out).values()
         self.assertFalse(np.array_equal(*alone))
         for commands in ([[red], [blue], [red], [blue]], [[red, blue]], [[red, blue, red]]):
@@ -297,39 +307,39 @@ class TestPhotographs(unittest.TestCase):
             for names in commands:
                 self.defend(*names, out=out)
             found = self.purified(out)
-            self.assertEqual(list(found), ["0_de3_sigma0-2.png", "0_de3_sigma0.png"])
-            np.testing.assert_array_equal(found["0_de3_sigma0.png"], alone[0])
-            np.testing.assert_array_equal(found["0_de3_sigma0-2.png"], alone[1])
+            self.assertEqual(list(found), ["blue_0_de3_sigma0.png", "red_0_de3_sigma0.png"])
+            for written, expected in zip(found.values(), alone):
+                np.testing.assert_array_equal(written, expected)
 
     def test_answers(self):
         """Label and confidence of each photograph with each defense; one purified picture of each."""
         out, names = new_folder(), [photos() / "val/red/0.png", photos() / "val/blue/1.png"]
-        result = finished(run("defend", *names, "--run", photo_classifier("clean"), photo_classifier(),
+        result = finished(run("defend", photo_classifier("clean"), photo_classifier(), "--photos", *names,
                               "--sigma", "off", 0, 50, "--out", out))
         for name in names:
-            for words in ("undefended", "De³ σ = 0", "De³ σ = 50"):
-                self.assertRegex(result.out, rf"{name} .*{words}.*: (red|green|blue) \([\d.]+%\)")
+            for words in ("clean", "de3, off", "de3, σ = 0", "de3, σ = 50"):
+                answers = re.findall(rf"^{name}  {words}: (red|green|blue) \([\d.]+%\)$", result.out, re.M)
+                self.assertEqual(len(answers), 1, words)
         self.assertEqual(list(self.purified(out)), [
-            "0_de3_sigma0.png", "0_de3_sigma50.png", "1_de3_sigma0.png", "1_de3_sigma50.png"])
+            "blue_1_de3_sigma0.png", "blue_1_de3_sigma50.png",
+            "red_0_de3_sigma0.png", "red_0_de3_sigma50.png"])
 
     def test_purified_picture(self):
         """What the classifier saw, in the draw that was classified."""
         out = new_folder()
         self.defend(photos() / "val/red/0.png", out=out)
         checkpoint = run_module.read(photo_classifier())
-        image = data.eval_transform(32)(data.read_image(photos() / "val/red/0.png"))[None]
-        with torch.no_grad():
-            expected = De3(run_module.build(checkpoint["autoencoder"]).eval(), None, 0).purify(image)
-        found = self.purified(out)["0_de3_sigma0.png"].transpose(2, 0, 1) / 255
+        image = data.as_floats(data.to_size(data.read_image(photos() / "val/red/0.png"), 32))[None]
+        expected = De3(run_module.build(checkpoint["autoencoder"]), None, 0).purify(image)
+        found = self.purified(out)["red_0_de3_sigma0.png"].transpose(2, 0, 1) / 255
         np.testing.assert_allclose(found, expected[0].numpy(), atol=1 / 255)
 
     def test_folder_of_photographs(self):
+        """Is no photograph, and is named; what changes nothing for photographs is refused."""
         folder = photos() / "val/red"
-        refused = run("defend", folder, "--run", photo_classifier())
-        assert_refused(refused, (f"{folder} is a folder", f"{folder}/*.jpg"))
-        for flag, value in (("--images", 5), ("--eps", 0.1), ("--steps", 2), ("--eot", 2),
-                            ("--split", "val")):
-            refused = run("defend", folder / "0.png", "--run", photo_classifier(), flag, value)
+        assert_refused(run("defend", photo_classifier(), "--photos", folder), (folder, "a directory"))
+        for flag, value in (("--eps", 0.1), ("--steps", 2), ("--eot", 2), ("--split", "val")):
+            refused = run("defend", photo_classifier(), flag, value, "--photos", folder / "0.png")
             assert_refused(refused, (flag, "for photos"))
 
 

@@ -1,6 +1,7 @@
-"""A new kind of thing is one entry in one table: noise law, attack, defense, data set."""
+"""A new kind of thing is one entry in one table: noise law, denoiser, attack, defense, data set."""
 
 import contextlib
+import importlib
 import io
 import sys
 import types
@@ -8,19 +9,21 @@ import unittest
 from unittest import mock
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 from torch.utils.data import TensorDataset
 
 import attack
 import model
+import pretrain
 from attack import ATTACKS, Attack, pgd
-from model import DEFENSES, NOISE_LAWS, Defense, NoiseLaw, NoiseScale, UserError
+from model import AUTOENCODERS, DEFENSES, NOISE_LAWS, Defense, NoiseLaw, NoiseScale, UserError
 from studies import audit, compare, tables
-from support import data, training, weights
+from support import data, tested
 from support import run as run_module
-from tests.helpers import (REPOSITORY, assert_near, assert_refused, finished, new_folder,
-                           photo_autoencoder, photo_classifier, photos, random_images, read_csv, run,
-                           seeded)
+from tests.helpers import (REPOSITORY, assert_near, assert_picture, assert_refused, digits_runs, finished,
+                           new_folder, photo_autoencoder, photo_classifier, photo_flags, photos,
+                           random_images, read_csv, run, seeded)
 from tests.helpers import training as short_training
 
 
@@ -31,9 +34,8 @@ def with_entry(table, **entry):
 
 def help_of(script):
     """What python SCRIPT.py --help prints, in one line."""
-    with contextlib.redirect_stdout(io.StringIO()) as out, mock.patch("sys.argv", [script, "--help"]):
-        with contextlib.suppress(SystemExit):
-            __import__(script).arguments()
+    with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.suppress(SystemExit):
+        __import__(script).arguments(["--help"])
     return " ".join(out.getvalue().split())
 
 
@@ -73,12 +75,10 @@ class TestNoiseLaw(unittest.TestCase):
         with with_entry(NOISE_LAWS, three=THREE):
             finished(run("pretrain", "--sigma", "three:10,20,30", *short_training(1, 600), "--out", out))
             self.assertEqual(run_module.read(out)["settings"]["sigma"], "three:10,20,30")
-            kept = finished(run("pretrain", "--sigma", "three:10,20,30", *short_training(1, 600),
-                                "--out", out))
-            self.assertIn("finished run kept", kept.out)
-            refused = run("pretrain", "--sigma", "three:10,20,31", *short_training(1, 600), "--out", out)
+            refused = run("pretrain", "--sigma", "three:10,20,31", "--out", out, "--resume")
             assert_refused(refused, ("three:10,20,30", "three:10,20,31"))
-            finished(run("finetune", "--autoencoder", out, "--sigma", "three:0,0,9", "--dry-run"))
+            finished(run("finetune", "--autoencoder", out, "--sigma", "three:0,0,9", *short_training(1, 600)))
+            self.assertEqual(run_module.read(out.parent / "de3")["level"], "three:0,0,9")
 
     def test_help(self):
         """One line in model.py is also in the help and in what an error says."""
@@ -98,19 +98,68 @@ class TestNoiseLaw(unittest.TestCase):
             self.assertIn(model.SIGMA_HELP, help_of(script))
 
 
+# ------------------------------------------------------------------------------------- denoisers
+
+class Convolution(nn.Module):
+    """A denoiser of one layer, with a part that is not trained."""
+
+    def __init__(self, mean, **others):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(len(mean), len(mean), 3, 3) / 10)
+        self.offset = nn.Parameter(torch.full((len(mean), 1, 1), 0.01), requires_grad=False)
+
+    def forward(self, images, noisy):
+        return (self.reconstruct(noisy, images) - images).square().mean()
+
+    def reconstruct(self, noisy, reference):
+        return F.conv2d(noisy, self.weight, padding=1) + self.offset
+
+
+class TestAutoencoder(unittest.TestCase):
+    def test_through_the_stages(self):
+        """pretrain.py --arch trains it; a De³ behind it is trained, shown and attacked as any other."""
+        out = new_folder()
+        with with_entry(AUTOENCODERS, conv=Convolution):
+            importlib.reload(pretrain)  # as in a new process
+            self.addCleanup(importlib.reload, pretrain)
+            self.assertIn("{vit,conv}", help_of("pretrain"))
+            finished(run("pretrain", "--arch", "conv", *photo_flags(), *short_training(3),
+                         "--out", out / "nim"))
+            finetune = ("finetune", "--autoencoder", out / "nim", *short_training(), "--workers", 0)
+            assert_refused(run(*finetune), ("no weights in common", "--from-scratch"))
+            finished(run(*finetune, "--from-scratch"))
+            finished(run("defend", out / "de3", "--images", 6, "--steps", 1, "--eot", 1))
+            finished(run("attack", out / "de3", "--sigma", 50, "--images", 6, "--attack", "pgd+eot",
+                         "--steps", 1, "--eps", "8/255"))
+            pretraining, whole = run_module.read(out / "nim"), run_module.read(out / "de3")
+            defense = run_module.build_whole(whole)
+        self.assertEqual((pretraining["config"]["arch"], pretraining["settings"]["arch"]), ("conv", "conv"))
+        self.assertEqual(whole["autoencoder"]["config"]["arch"], "conv")
+        self.assertIsInstance(defense.autoencoder, Convolution)
+        losses = [float(row["loss"]) for row in pretraining["log"]]
+        self.assertLess(losses[-1], losses[0])
+        assert_near(pretraining["model"]["offset"], torch.full((3, 1, 1), 0.01))  # was not trained
+        for name, value in defense.autoencoder.state_dict().items():
+            self.assertTrue(torch.equal(value, pretraining["model"][name]))
+        row, = read_csv(out / "attack.csv")
+        self.assertEqual((row["defense"], row["eot"]), ("de3, σ = 50", "8"))
+
+
 # --------------------------------------------------------------------------------------- attacks
 
 def momentum(model, images, labels, eps, steps, step_size, norm, restarts, eot, loss, early_stop):
     """The sign of a running mean of gradients, from the image: another attack with pgd's arguments."""
     x, mean = images.clone(), torch.zeros_like(images)
     for _ in range(steps):
-        gradient, _ = attack.input_gradient(model, x, labels, None, loss, eot)
+        gradient, _ = attack.input_gradient(model, x, labels, loss, eot)
         mean = 0.9 * mean + gradient / gradient.abs().mean((1, 2, 3), keepdim=True).clamp(min=1e-12)
         x = attack.project(x + step_size * mean.sign(), images, eps, norm)
     return x
 
 
 class TestAttack(unittest.TestCase):
+    FLAGS = ("--images", 3, "--eps", 0.1)
+
     def test_by_name(self):
         """NAME and NAME+eot; the second one averages its gradients, and the rows say so."""
         out, calls = new_folder(), []
@@ -141,11 +190,14 @@ class TestAttack(unittest.TestCase):
         for function in (pgd, momentum):
             for eot in (1, 5):
                 calls.clear()
-                settings = dict(steps=3, step_size=0.01, restarts=1, eot=eot, early_stop=False)
-                correct = attack.attack_batches(function, defense, defense, [(images, labels)], 0.1,
-                                                "linf", ["ce"], 7, settings)
-                self.assertEqual(sum(calls), 4 * (3 * eot + 7))
-                self.assertEqual(correct.shape, (4,))
+                entry = tested.Entry("x", "x", "", 50, defense, classifier, defense, {})
+                settings = dict(steps=3, step_size=0.01, norm="linf", restarts=1, eot=eot, early_stop=False)
+                cell = attack.Cell(entry, True, "tried+eot", 0.01, settings, ["ce"], 0)
+                args = types.SimpleNamespace(threat="white", norm="linf", seed=0)
+                with with_entry(ATTACKS, tried=Attack(function)):
+                    shares = attack.measure(cell, args, images, labels, 4, lambda done: None)
+                self.assertEqual(sum(calls), 4 * (3 * eot + attack.DRAWS))
+                self.assertEqual(shares.shape, (4,))
 
     def test_own_settings(self):
         """Those of an entry come before the flags'."""
@@ -156,9 +208,8 @@ class TestAttack(unittest.TestCase):
             return images
         entry = Attack(quick, lambda eps: dict(steps=2, step_size=eps / 2, extra="x"))
         with with_entry(ATTACKS, quick=entry):
-            finished(run("attack", photo_classifier("clean"), "--attack", "quick", "--images", 3,
-                         "--steps", 9, "--loss", "ce", "margin", "--eps", 0.1, "--restarts", 2,
-                         "--out", out))
+            finished(run("attack", photo_classifier("clean"), "--attack", "quick", *self.FLAGS, "--steps", 9,
+                         "--loss", "ce", "margin", "--restarts", 2, "--out", out))
         names = ("steps", "step_size", "extra", "restarts", "loss")
         self.assertEqual([(eps, *[settings[name] for name in names]) for eps, settings in seen],
                          [(0.1, 2, 0.05, "x", 2, loss) for loss in ("ce", "margin")])
@@ -166,19 +217,66 @@ class TestAttack(unittest.TestCase):
         self.assertEqual((row["attack"], row["steps"], row["step_size"], row["loss"]),
                          ("quick", "2", "0.05", "ce+margin"))
 
+    def test_own_loss(self):
+        """A loss that an entry fixes is what it raises, once, whatever --loss says, and stands in the row."""
+        seen, out = [], new_folder()
+
+        def quick(model, images, labels, eps, loss, **settings):
+            seen.append(loss)
+            return images
+        with with_entry(ATTACKS, quick=Attack(quick, lambda eps: dict(loss="margin"))):
+            finished(run("attack", photo_classifier("clean"), "--attack", "quick", "pgd", *self.FLAGS,
+                         "--steps", 1, "--loss", "ce", "margin", "--out", out))
+        self.assertEqual(seen, ["margin"])
+        self.assertEqual([(row["attack"], row["loss"]) for row in read_csv(out / "attack.csv")],
+                         [("quick", "margin"), ("pgd", "ce+margin")])
+
+    def test_norms(self):
+        """In a norm that is not its own an attack is refused, before a run is read; with +eot as well."""
+        with with_entry(ATTACKS, sparse=Attack(pgd, norms=("l2",))):
+            for name in ("sparse", "sparse+eot"):
+                refused = run("attack", new_folder(), "--attack", "pgd", name)
+                assert_refused(refused, (name, "not bounded in linf"))
+            finished(run("attack", photo_classifier("clean"), "--attack", "sparse", "--norm", "l2",
+                         *self.FLAGS, "--steps", 1, "--out", new_folder()))
+
+    def test_gradients(self):
+        """What an entry says of its gradients is in the time that the table will take at most."""
+        entry = tested.Entry("x", "x", "off", None, nn.Flatten(), nn.Flatten(), None, {})
+        args = types.SimpleNamespace(eps=[0.1], attack=["pgd", "slow"], threat="white", steps=5,
+                                     step_size=None, norm="linf", restarts=2, eot=1, loss=["ce", "margin"])
+        with with_entry(ATTACKS, slow=Attack(pgd, gradients=lambda settings: 100 * settings["steps"])):
+            plain, slow = attack.plan_table(args, [entry], random_images())
+        self.assertAlmostEqual(slow.seconds / plain.seconds, (100 * 5 * 2) / (5 * 2 * 2))
+
     def test_leaving_the_ball(self):
         """Any attack is checked."""
         with with_entry(ATTACKS, far=Attack(lambda model, images, *_, **settings: 1 - images)):
-            refused = run("attack", photo_classifier("clean"), "--attack", "far", "--eps", 0.01,
-                          "--images", 3, "--out", new_folder())
+            refused = run("attack", photo_classifier("clean"), "--attack", "far", *self.FLAGS, "--out",
+                          new_folder())
         assert_refused(refused, "left the ball")
+
+    def test_attack_that_helps(self):
+        """More images right under attack than without one: remarked."""
+        def helps(model, images, labels, eps, **settings):
+            return pgd(model, images, labels, eps, **{**settings, "targets": labels, "early_stop": False})
+        clean, out = digits_runs()[0] / "clean", new_folder()
+        with with_entry(ATTACKS, helps=Attack(helps)):
+            said = finished(run("attack", clean, "--images", 100, "--eps", "8/255", "--steps", 5, "--attack",
+                                "helps", "fgsm", "--out", out)).out
+        helped, fgsm = read_csv(out / "attack.csv")
+        self.assertGreater(float(helped["robust_accuracy"]), float(helped["clean_accuracy"]) + 1)
+        self.assertLess(float(fgsm["robust_accuracy"]), float(fgsm["clean_accuracy"]))
+        lines = said.splitlines()
+        remarks = [number for number, line in enumerate(lines) if "right under attack than without" in line]
+        self.assertEqual(["helps" in lines[number - 1] for number in remarks], [True])
 
 
 # -------------------------------------------------------------------------------------- defenses
 
 class Rounded(Defense):
     """Pixels in so many gray levels; the gradient is that of the identity."""
-    title, levels, is_random = "rounded", (2, 4), False
+    title, levels, trained_at, is_random = "rounded", (2, 4), "3", False
 
     def __init__(self, autoencoder, classifier, grays, **settings):
         super().__init__(autoencoder, classifier, **settings)
@@ -211,23 +309,23 @@ class TestDefense(unittest.TestCase):
         self.out = new_folder()
 
     def test_attack(self):
-        """In front of every classifier, at its levels or the one given, under its own title."""
+        """In front of every classifier, at its levels or the one given; a row says the run and the title."""
         finished(run("attack", photo_classifier("clean"), photo_classifier(), *self.FLAGS,
                      "--attack", "fgsm", "--defense", "rounded:3", "off", "rounded", "--out", self.out))
         rows = read_csv(self.out / "attack.csv")
-        expected = [("rounded 3 grays", "3 grays"), ("undefended", "off"),
-                    ("rounded 2 grays", "2 grays"), ("rounded 4 grays", "4 grays")]
-        self.assertEqual([(row["defense"].partition(" (")[0], row["level"]) for row in rows],
-                         2 * expected)
+        expected = [(f"{name} behind rounded, {grays} grays" if grays else off, f"{grays} grays" if grays else
+                     "off", f"{grays}.0" if grays else "")
+                    for name, off in (("clean", "clean"), ("de3", "de3, off")) for grays in (3, None, 2, 4)]
+        self.assertEqual([(row["defense"], row["level"], row["value"]) for row in rows], expected)
         self.assertEqual([row["run"] for row in rows],
                          [folder.as_posix() for folder in (photo_classifier("clean"), photo_classifier())
                           for _ in range(4)])
         self.assertEqual({row["draws"] for row in rows}, {"1"})
         self.assertEqual(len({row["weights"] for row in rows}), 8)
         classifier, _ = run_module.load(photo_classifier("clean"), "classifier")
-        six = data.evenly_spread(data.load_dataset(str(photos()), "val", 32), 6)
-        (images, labels), = data.Loader(six, 6)
-        correct = (classifier((images * 2).round() / 2).argmax(1) == labels).float().mean().item()
+        images, labels, _ = data.load_images(str(photos()), "val", 32, count=6)
+        rounded = (data.as_floats(images) * 2).round() / 2
+        correct = (classifier(rounded).argmax(1) == labels).float().mean().item()
         self.assertAlmostEqual(float(rows[0]["clean_accuracy"]), 100 * correct, delta=0.01)
 
     def test_random_without_saying_so(self):
@@ -251,44 +349,29 @@ class TestDefense(unittest.TestCase):
         row = read_csv(self.out / "attack.csv")[2]
         self.assertEqual((row["attack"], row["draws"]), ("pgd", "1"))
 
-    def test_its_code_counts(self):
-        """The file of its class is part of what decides its rows, and none of others'."""
-        classifier, _ = run_module.load(photo_classifier("clean"), "classifier")
-        digests = run_module.digests
-
-        def edited(files):
-            return {**digests(files),
-                    **{name: "edited" for name in files if name == "tests/test_kinds.py"}}
-        codes = []
-        for change in (digests, edited):
-            with mock.patch.object(run_module, "digests", change):
-                codes.append([run_module.origin_of_row(one, attack.CODE)["code"] for one in
-                              (Rounded(None, classifier, 3), classifier)])
-        self.assertNotEqual(codes[0][0], codes[1][0])
-        self.assertEqual(codes[0][1], codes[1][1])
-
     def test_defend(self):
         """Accuracy, picture, and photographs."""
-        source = ("--run", photo_classifier("clean"), "--defense", "off", "rounded:2", "--out", self.out)
+        source = (photo_classifier("clean"), "--out", self.out, "--defense", "off", "rounded:2")
         result = finished(run("defend", *source, *self.FLAGS, "--steps", 1, "--eot", 2))
-        self.assertRegex(result.out, r"rounded 2 grays +[\d.]+ +[\d.]+ ")
-        self.assertTrue((self.out / "defend.png").exists())
-        result = finished(run("defend", photos() / "val" / "red" / "0.png", *source))
-        self.assertRegex(result.out, "rounded 2 grays: (red|green|blue)")
+        self.assertRegex(result.out, r"clean behind rounded, 2 grays +[\d.]+ +[\d.]+ ")
+        assert_picture(self.out / "defend.png")
+        result = finished(run("defend", *source, "--photos", photos() / "val" / "red" / "0.png"))
+        self.assertRegex(result.out, "clean behind rounded, 2 grays: (red|green|blue)")
         self.assertEqual(len(list((self.out / "purified").iterdir())), 1)
 
     def test_audit(self):
         with mock.patch.object(audit, "FEWEST_IMAGES", 6), mock.patch.object(audit, "QUERIES", 1):
             result = run("studies.audit", photo_classifier("clean"), "--defense", "off", "rounded:3",
                          *self.FLAGS, "--steps", 1, "--eot", 1, "--draws", 1)
-        self.assertIn("audit of rounded 3 grays", result.out)
-        for check in ("gray-box", "ten votes", "the clamp's own gradient", r"another model \(1\)"):
+        self.assertIn("audit of clean behind rounded, 3 grays", result.out)
+        for check in ("gray-box", "the clamp's own gradient", r"another model \(1\)"):
             self.assertRegex(result.out, rf"(holds|SUSPICIOUS) .*{check}")
+        self.assertNotRegex(result.out, "votes|EOT draws")  # nothing is random
 
     def test_compare(self):
         """In a table of the comparison, by name; a random one without a noise to know."""
         entries = [tables.Entry("gray", "clean", "--mode clean", defenses=("rounded:3", "dithered:3"))]
-        table = tables.Table({"nim": ""}, entries, images=6, l2=0.0)
+        table = tables.Table({"nim": "pretrain.py"}, entries, images=6, l2=0.0)
         at = photo_classifier("clean").parent
         (at / "nim").symlink_to(photo_autoencoder())
         self.addCleanup((at / "nim").unlink)
@@ -304,28 +387,56 @@ class TestDefense(unittest.TestCase):
         self.assertNotEqual(rows[0]["weights"], rows[1]["weights"])
 
     def test_put_in_front(self):
-        """The options of the run belong to its own defense alone; a missing autoencoder is said."""
-        checkpoint = dict(defense="mim", options=dict(keep_visible=True), settings={}, config={})
-        autoencoder = nn.Identity()
-        found = weights.put_in_front("runs/x", nn.Flatten(), checkpoint, autoencoder,
-                                     [("mim", 0.5), ("rounded", "5"), ("", None), ("de3", "9")], votes=3)
-        self.assertEqual([one.words for one in found], ["MIM mask 0.5, visible kept", "rounded 5 grays",
-                                                        "undefended", "De³ σ = 9"])
-        self.assertEqual([one.defense.votes for one in found if one.defense], [3, 3, 3])
+        """Named by the run, by what is in front of it unless it was trained behind that, and by the level."""
+        autoencoder, pretraining = run_module.load(photo_autoencoder("mim"))
+        checkpoint = dict(defense="mim")
+        found = [tested.put_in_front("runs/x", nn.Flatten(), checkpoint, autoencoder, pretraining, *pair, 3)
+                 for pair in (("mim", 0.5), ("mim-visible", "0.5"), ("rounded", "5"), ("off", None))]
+        self.assertEqual([(entry.name, entry.level, entry.value) for entry in found],
+                         [("x, mask 0.5", "mask 0.5", 0.5),
+                          ("x behind MIM, visible kept, mask 0.5", "mask 0.5", 0.5),
+                          ("x behind rounded, 5 grays", "5 grays", 5), ("x, off", "off", None)])
+        self.assertEqual([entry.defense.votes for entry in found if entry.defense], [3, 3, 3])
+        self.assertIs(found[-1].model, found[-1].classifier)
         with self.assertRaisesRegex(UserError, "no autoencoder for De³"):
-            weights.put_in_front("runs/x", nn.Flatten(), checkpoint, None, [("de3", "9")])
+            tested.put_in_front("runs/x", nn.Flatten(), checkpoint, None, None, "de3", "9")
         assert_refused(run("attack", photo_classifier("clean"), "--defense", "square:3"),
                        ("'square'", "rounded"))
 
+    def test_task_of_the_autoencoder(self):
+        """NIM's behind masks and MIM's behind noise are refused in every stage, and nothing is begun."""
+        nim, mim, out = photo_autoencoder(), photo_autoencoder("mim"), new_folder() / "x"
+        de3, behind_mim, clean = photo_classifier(), photo_classifier("mim", "mim"), photo_classifier("clean")
+        needs_nim = ("De³ needs an autoencoder", "for NIM", "for MIM")
+        needs_mim = ("MIM needs an autoencoder", "for MIM", "for NIM")
+        for *command, says in [
+                ("finetune", "--mode", "de3", "--autoencoder", mim, needs_nim),
+                ("finetune", "--mode", "mim", "--autoencoder", nim, needs_mim),
+                ("attack", behind_mim, "--defense", "de3:50", needs_nim),
+                ("attack", de3, "--defense", "mim:0.5", needs_mim),
+                ("attack", de3, "--autoencoder", mim, needs_nim),
+                ("defend", behind_mim, "--autoencoder", nim, needs_mim),
+                ("defend", clean, "--autoencoder", mim, "--defense", "de3:50", needs_nim)]:
+            with self.subTest(command):
+                assert_refused(run(*command, "--out", out), says)
+        self.assertFalse(out.exists())
+        for task, title in (("nim", "De³"), ("mim", "MIM")):  # in front of what has none: its own defense
+            said = finished(run("attack", clean, "--autoencoder", photo_autoencoder(task), *self.FLAGS,
+                                "--attack", "fgsm", "--out", out)).out
+            self.assertIn(f"clean behind {title}, ", said)
+
     def test_trained_behind(self):
-        """A run that was trained behind it is tested behind it, at its levels."""
-        folder = new_folder() / "trained"
-        folder.mkdir()
-        checkpoint = torch.load(photo_classifier("clean") / "checkpoint.pt")
-        torch.save({**checkpoint, "defense": "rounded"}, folder / "checkpoint.pt")
+        """Its name is a --mode: a run is trained behind it, at its trained_at, and tested at its levels."""
+        folder = self.out / "rounded"
+        finished(run("finetune", "--mode", "rounded", "--autoencoder", photo_autoencoder(), *short_training(),
+                     "--workers", 0, "--out", folder))
+        checkpoint = run_module.read(folder)
+        self.assertEqual([checkpoint[name] for name in ("defense", "level", "autoencoder")],
+                         ["rounded", "3", None])
+        self.assertIsNone(checkpoint["settings"]["sigma"])
         finished(run("attack", folder, *self.FLAGS, "--attack", "fgsm", "--out", self.out))
-        levels = [row["level"] for row in read_csv(self.out / "attack.csv")]
-        self.assertEqual(levels, ["2 grays", "4 grays"])
+        self.assertEqual([(row["defense"], row["level"]) for row in read_csv(self.out / "attack.csv")],
+                         [("rounded, 2 grays", "2 grays"), ("rounded, 4 grays", "4 grays")])
 
     def test_any_module(self):
         """Without this class: the readings and the audit take any model, and find out what is random."""
@@ -334,7 +445,7 @@ class TestDefense(unittest.TestCase):
                 return x[:, :, 0, :3].sum(1) + 0.1 * torch.randn(len(x), 3)
         images, labels = random_images(8, 3, 16, 16), torch.zeros(8, dtype=torch.long)
         with mock.patch.object(compare, "pgd", wraps=compare.pgd) as attacks:
-            found = compare.measure(Shaky(), [(images, labels)], 0.05, 0.5, 2, 4, 0)
+            found = compare.measure(Shaky(), images, labels, 0.05, 0.5, 5, 4, seed=0, batch=8)
         self.assertEqual(sorted(call.kwargs.get("eot", 1) for call in attacks.call_args_list),
                          [1, 4, 4, 4])
         self.assertLessEqual(found["ten_tries"], found["one_shot"])
@@ -354,8 +465,16 @@ def load_stripes(split, image_size):
 
 
 STRIPES = data.DataSet(load_stripes, size="tiny", mean=(0.4,) * 3, std=(0.4,) * 3, pretrain_sigma="90",
-                       finetune_sigma="uniform:0,99", test_sigmas=(0, 33), eps=2 / 255,
-                       attack_eps=(3 / 255,), pretrain_augment=None, finetune_augment=None)
+                       finetune_sigma="uniform:0,99", test_sigmas=(0, 33), eps=2 / 255, attack_eps=(3 / 255,))
+
+
+def load_gray_stripes(split, image_size):
+    """The same with one channel."""
+    colored = load_stripes(split, image_size)
+    images, labels = colored.tensors
+    dataset = TensorDataset(images[:, :1].contiguous(), labels)
+    dataset.classes = colored.classes
+    return dataset
 
 
 class TestDataSet(unittest.TestCase):
@@ -364,33 +483,35 @@ class TestDataSet(unittest.TestCase):
         good = load_stripes("train", 32)
         pixels, labels = good.tensors
         for tensors, words in (((255 * pixels, labels), r"must lie in \[0, 1\]"),
-                               ((pixels, labels.int()), "class numbers"), ((pixels, labels + 1), "from 0 to 1")):
+                               ((pixels, labels.int()), "class numbers"),
+                               ((pixels, labels + 1), "from 0 to 1")):
             dataset = TensorDataset(*tensors)
             dataset.classes = good.classes
             row = STRIPES._replace(open=lambda split, image_size, dataset=dataset: dataset)
             with with_entry(data.DATASETS, stripes=row):
-                with self.assertRaisesRegex(UserError, words):
-                    data.load_dataset("stripes", "train", 32)
+                self.assertRaisesRegex(UserError, words, data.load_images, "stripes", "train", 32)
+                self.assertRaisesRegex(UserError, words, data.load_training_images, "stripes", 32, None, 0)
 
     def test_order_of_classes(self):
         """Validation images take the classifier's."""
-        plain, classes = data.load_heldout(str(photos()), 32, 0), ["red", "green", "blue"]
-        reordered = data.load_heldout(str(photos()), 32, 0, classes=classes)
-        names = data.load_dataset(str(photos()), "val", 32).classes
-        self.assertNotEqual(names, classes)
-        self.assertEqual([classes[int(label)] for _, label in reordered], [names[int(label)] for _, label in plain])
-        with self.assertRaisesRegex(UserError, "same classes"):
-            data.load_heldout(str(photos()), 32, 0, classes=["red", "green"])
+        images, labels, names = data.load_images(str(photos()), "val", 32)
+        classes = ["red", "green", "blue"]
+        reordered = data.load_images(str(photos()), "val", 32, classes)
+        self.assertEqual((names, reordered[2]), (["blue", "green", "red"], classes))
+        self.assertTrue(torch.equal(reordered[0], images))
+        self.assertEqual([classes[label] for label in reordered[1]], [names[label] for label in labels])
+        for wrong in (["red", "green"], ["red", "green", "blue", "gray"]):
+            with self.assertRaisesRegex(UserError, "classes of .* are not those"):
+                data.load_images(str(photos()), "val", 32, wrong)
 
     def test_through_the_stages(self):
         """Opened, with its own size, statistics, sigmas and radii, where nothing else is said."""
         out = new_folder()
         short = (*short_training(2), "--workers", 0)
-        with with_entry(data.DATASETS, stripes=STRIPES), \
-                mock.patch.object(training, "crop_and_flip", side_effect=AssertionError):
+        with with_entry(data.DATASETS, stripes=STRIPES):
             finished(run("pretrain", "--data", "stripes", *short, "--out", out / "nim"))
             finished(run("finetune", "--autoencoder", out / "nim", *short))
-            defended = finished(run("defend", "--run", out / "de3", "--steps", 1, "--eot", 1))
+            defended = finished(run("defend", out / "de3", "--steps", 1, "--eot", 1))
             finished(run("attack", out / "de3", "--attack", "fgsm"))
             assert_refused(run("pretrain", "--data", out / "none"),
                            ", stripes, or a folder")
@@ -398,6 +519,7 @@ class TestDataSet(unittest.TestCase):
         settings = checkpoint["settings"]
         self.assertEqual((checkpoint["classes"], checkpoint["data"]["name"], settings["size"],
                           settings["sigma"]), (["row", "column"], "stripes", "tiny", "uniform:0,99"))
+        self.assertEqual(settings["augmentation"], "None")  # an entry that names none has none
         self.assertEqual(checkpoint["autoencoder"]["settings"]["sigma"], "90")
         model = run_module.build(checkpoint)
         assert_near(torch.cat([model.mean.flatten(), model.std.flatten()]), torch.full((6,), 0.4))
@@ -405,6 +527,22 @@ class TestDataSet(unittest.TestCase):
         self.assertEqual([(row["level"], row["eps"]) for row in read_csv(out / "attack.csv")],
                          [("σ = 0", "0.0117647"), ("σ = 33", "0.0117647")])
         self.assertEqual({row["data"] for row in read_csv(out / "attack.csv")}, {"stripes"})
+
+    def test_gray(self):
+        """One channel, all the way to the pictures: models have as many as the entry's mean has values."""
+        out, gray = new_folder(), STRIPES._replace(open=load_gray_stripes, mean=(0.4,), std=(0.4,))
+        short = (*short_training(2), "--workers", 0)
+        with with_entry(data.DATASETS, gray=gray):
+            finished(run("pretrain", "--data", "gray", *short, "--out", out / "nim"))
+            for mode in ("de3", "clean"):
+                finished(run("finetune", "--mode", mode, "--autoencoder", out / "nim", *short))
+            finished(run("defend", out / "clean", out / "de3", "--steps", 1, "--eot", 1))
+            finished(run("attack", out / "clean", out / "de3", "--attack", "pgd+eot", "--steps", 2))
+        for picture in ("nim/pretrain.png", "defend.png"):
+            assert_picture(out / picture)
+        self.assertEqual([row["defense"] for row in read_csv(out / "attack.csv")],
+                         ["clean", "de3, σ = 0", "de3, σ = 33"])
+        self.assertEqual(run_module.load(out / "de3", "classifier")[0].patch_embed.proj.weight.shape[1], 1)
 
 
 if __name__ == "__main__":

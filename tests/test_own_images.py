@@ -40,29 +40,75 @@ class TestWhatCounts(unittest.TestCase):
 
     def test_clutter(self):
         """Is not looked at: the same run, bit by bit, also where it appears between two starts."""
-        before, between = copy_of_photos(), copy_of_photos()
+        before, between, outs = copy_of_photos(), copy_of_photos(), []
         self.clutter(before)
-        self.assertEqual(data.load_dataset(str(before), "train", 32).classes, ["blue", "green", "red"])
-        for images, epochs in ((before, 1), (between, 2)):
-            out = new_folder() / "run"
-            flags = (*training(epochs), *photo_flags(images), "--out", out)
-            with cut_after(1):
-                run("pretrain", *flags)
+        self.assertEqual(data.open_folder(str(before), "train").classes, ["blue", "green", "red"])
+        for images in (photos(), before, between):
+            outs.append(new_folder() / "run")
+            flags = (*training(2), *photo_flags(images), "--out", outs[-1])
             if images == between:
+                with cut_after(1):
+                    run("pretrain", *flags)
                 self.clutter(between)
-                result = finished(run("pretrain", "--out", out, "--resume", "--workers", 0))
-                self.assertNotIn("other images", result.out)
-                result = finished(run("pretrain", *flags))
-                self.assertIn("finished run kept", result.out)
-                self.assertNotIn("other images", result.out)
-            self.assertEqual(saved(out)["data"]["images"], 24)
-        assert_same_run(out, self.fresh(2))
+                flags = ("--out", outs[-1], "--resume")
+            finished(run("pretrain", *flags))
+            self.assertEqual(saved(outs[-1])["data"]["images"], 24)
+        for out in outs[1:]:
+            assert_same_run(out, outs[0])
 
-    def fresh(self, epochs):
-        """A run on photos without any clutter."""
-        out = new_folder() / "run"
-        finished(run("pretrain", *training(epochs), *photo_flags(), "--out", out))
-        return out
+    def test_files_that_are_no_images(self):
+        """Named by their endings, once a split; what systems leave is not worth a word."""
+        folder = copy_of_photos()
+        self.assertEqual(self.said(folder), "")
+        for name in ("0.gif", "1.HEIC", "2.heic", "readme", ".DS_Store", "._0.png"):
+            (folder / "train" / "red" / name).write_bytes(b"?")
+        (folder / "val" / "red" / "notes.txt").write_bytes(b"?")
+        said = [f"note: {folder}/{split}: files that are no images were left out: {endings}\n"
+                for split, endings in (("train", "(no ending), .gif, .heic"), ("val", ".txt"))]
+        self.assertEqual(self.said(folder), "".join(said))
+
+    def said(self, folder):
+        """What is printed when both splits of a folder are loaded."""
+        with contextlib.redirect_stdout(io.StringIO()) as out:
+            for split in ("train", "val"):
+                images, _, _ = data.load_images(str(folder), split, 32)
+                self.assertEqual(len(images), 24)
+        return out.getvalue()
+
+    def test_endings(self):
+        """Of every format that is read, in any case; .jfif, as browsers save a JPEG."""
+        folder = new_folder()
+        names = [f"train/a/{number}{ending}" for number, ending in enumerate(
+            (".jpg", ".JPEG", ".jfif", ".png", ".bmp", ".ppm", ".tif", ".TIFF", ".webp"))]
+        write_images(folder, names, (8, 8))
+        found = [path for path, _ in data.open_folder(str(folder), "train").samples]
+        self.assertEqual(sorted(found), sorted(str(folder / name) for name in names))
+
+    def test_linked_folders(self):
+        """A folder counts once, whatever links lead to it: into itself, or beside itself."""
+        folder = new_folder()
+        write_images(folder, [f"train/{name}/{number}.png" for name in ("cat", "dog") for number in range(3)],
+                     (8, 8))
+        write_images(folder, ["train/dog/more/0.png"], (8, 8))  # another one of that name
+        dog, before = folder / "train" / "dog", data.open_folder(str(folder), "train")
+        self.assertEqual(before.targets, [0] * 3 + [1] * 4)
+        os.symlink(".", dog / "images")  # ln -s . FOLDER/train/dog/images
+        os.symlink("more", dog / "again")
+        os.symlink(folder / "train" / "cat", dog / "cat")  # one image in two classes
+        after = data.open_folder(str(folder), "train")
+        real = [sorted((os.path.realpath(path), label) for path, label in images.samples)
+                for images in (before, after)]
+        self.assertEqual(real[1], real[0])
+        self.assertEqual((len(after), sorted(after.targets)), (7, before.targets))
+
+    def test_linked_images(self):
+        """Files that are links, as in folders that only choose among images, count each."""
+        folder = new_folder()
+        write_images(folder, [f"all/{number}.png" for number in range(4)], (8, 8))
+        for number, name in enumerate("aabb"):
+            (folder / "train" / name).mkdir(parents=True, exist_ok=True)
+            os.symlink(folder / f"all/{number}.png", folder / f"train/{name}/{number}.png")
+        self.assertEqual(data.open_folder(str(folder), "train").targets, [0, 0, 1, 1])
 
     def test_thumbnails_of_a_network_drive(self):
         """@eaDir, beside the classes and in them, is no class and no image."""
@@ -84,47 +130,44 @@ class TestWhatCounts(unittest.TestCase):
                        ("one class folder only, images", "deeper"))
 
     def test_test_folder_without_classes(self):
-        """As contests give it: refused, with the way out."""
+        """As contests give it: refused."""
         folder = copy_of_photos()
         write_images(folder / "test", ["0.png"], (32, 32))
-        with self.assertRaisesRegex(UserError, "--split val"):
+        with self.assertRaisesRegex(UserError, "test holds no class folder: images lie in test/<class>/"):
             data.open_folder(str(folder), "test")
 
     def test_name_of_a_data_set(self):
-        """A folder that is called like a data set is not taken, and that is said; ~ is the home."""
+        """Is not taken for a folder that is called so; ~ is the home."""
         folder = new_folder()
         (folder / "digits" / "train").mkdir(parents=True)
         self.addCleanup(os.chdir, os.getcwd())
         os.chdir(folder)
-        with contextlib.redirect_stdout(io.StringIO()) as out:
-            self.assertEqual(data.dataset_name("digits"), "digits")
-            self.assertEqual(data.dataset_name("./digits"), str((folder / "digits").resolve()))
-        self.assertIn("--data ./digits", out.getvalue())
-        os.chdir(folder / "digits")
-        with contextlib.redirect_stdout(io.StringIO()) as out:
-            data.dataset_name("digits")
-        self.assertEqual(out.getvalue(), "")
+        self.assertEqual(data.dataset_name("digits"), "digits")
+        self.assertEqual(data.dataset_name("./digits"), str((folder / "digits").resolve()))
         self.assertEqual(data.dataset_name("~/x"), str(Path("~/x").expanduser().resolve()))
+        self.assertEqual(data.short_name(data.dataset_name("./digits/")), "digits")
 
     def test_nothing_to_find(self):
         """A folder without classes, or a class without images, is named."""
         folder = new_folder()
         (folder / "train" / ".hidden").mkdir(parents=True)
-        assert_refused(run("pretrain", "--data", folder, "--dry-run"), (folder / "train", "class"))
+        command = ("pretrain", "--data", folder, "--out", folder / "out")
+        assert_refused(run(*command), (folder / "train", "class"))
         write_images(folder, ["train/a/0.png", "train/.b/0.png"], (8, 8))
         (folder / "train" / "empty").mkdir()
         (folder / "train" / "empty" / ".DS_Store").write_bytes(b"x")
-        assert_refused(run("pretrain", "--data", folder, "--dry-run"), (folder / "train", "empty"))
+        assert_refused(run(*command), (folder / "train", "empty"))
+        self.assertFalse((folder / "out").exists())
 
 
 class TestWhatIsDecided(unittest.TestCase):
     def decided(self, folder):
-        """The size of the models for a folder; that and the reason are said."""
-        data.about.cache_clear()
-        result = finished(run("pretrain", "--data", folder, "--dry-run", "--workers", 0))
-        line = result.out.splitlines()[0]
-        self.assertIn(str(folder), line)
-        return line, "images          " + line.split(": ")[1].split(" ")[0] in result.out
+        """What data.about makes of a folder, and what it says."""
+        with contextlib.redirect_stdout(io.StringIO()) as out:
+            row = data.about(str(folder))
+        line, = out.getvalue().splitlines()
+        self.assertTrue(line.startswith(f"{folder}: "))
+        return row, line
 
     def test_one_folder_deeper(self):
         """train/<class>/images/*.png of 64 pixels are small images."""
@@ -132,10 +175,13 @@ class TestWhatIsDecided(unittest.TestCase):
         for split in ("train", "val"):
             write_images(folder / split, [f"{name}/images/{number}.png" for name in "ab"
                                           for number in range(20)], (64, 64))
-        line, counted = self.decided(folder)
-        self.assertIn("40 training images of 64x64", line)
-        self.assertIn("2 classes: size small", line)
-        self.assertTrue(counted)
+        row, line = self.decided(folder)
+        self.assertEqual(row.size, "small")
+        self.assertIn("40 training images of 64x64 (the median), 2 classes: size small", line)
+        result = finished(run("pretrain", "--data", folder, *training(), "--out", folder / "out",
+                              "--size", "tiny"))
+        self.assertIn(line, result.out)
+        self.assertIn("\n40 images, 5 steps of 8 in 1 epochs", result.out)
 
     def test_several_images_decide(self):
         """A thumbnail among photographs, or a photograph among thumbnails, does not."""
@@ -146,24 +192,22 @@ class TestWhatIsDecided(unittest.TestCase):
                 names = [f"train/{name}/{index}.png" for name in "ab" for index in range(count)]
                 write_images(folder, names + ["val/a/1.png", "val/b/1.png"], most)
                 write_images(folder, [names[0]], one)
-                with contextlib.redirect_stdout(None):
-                    row = data.about(str(folder))
+                row, line = self.decided(folder)
                 self.assertEqual(row.size, ("base", "small")[number], (most, count))
                 self.assertEqual(row.pretrain_sigma, ("gamma:25,3", "gamma:10,8")[number])
-        line, _ = self.decided(folder)  # of the last, small ones
-        self.assertIn("6 training images of 48x40 (the median of 6)", line)
+                self.assertIn(f"{2 * count} training images of {says} (the median)", line)
 
     def test_size_flag(self):
         """--size says otherwise, for the autoencoder and with it for all that follows."""
         nim = photo_autoencoder()
         self.assertEqual(saved(nim)["settings"]["size"], "tiny")
         out = new_folder() / "clean"
-        finished(run("finetune", "--mode", "clean", "--autoencoder", nim, *training(), "--out", out,
-                     "--workers", 0))
+        finished(run("finetune", "--mode", "clean", "--autoencoder", nim, *training(), "--out", out))
         checkpoint = saved(out)
         self.assertEqual(checkpoint["settings"]["size"], "tiny")
         self.assertEqual(checkpoint["config"]["embed_dim"], 64)
-        assert_refused(run("finetune", "--size", "small", "--autoencoder", nim), "--size small")
+        assert_refused(run("finetune", "--size", "small", "--autoencoder", nim, "--out", new_folder()),
+                       "--size small")
 
 
 class TestWhatMayChange(unittest.TestCase):
@@ -176,34 +220,39 @@ class TestWhatMayChange(unittest.TestCase):
         return images, out, flags
 
     def test_images_that_come_and_go(self):
-        """Between two starts: the run goes on, or is kept, with a note that says so."""
+        """Between two starts: refused with both numbers; with as many images as before the run goes on."""
         def remove(images):
             (images / "train/red/3.png").unlink()
 
         def add(images):
             shutil.copy(images / "train/red/3.png", images / "train/red/new.png")
 
+        def restore(images):
+            shutil.copytree(photos(), images, dirs_exist_ok=True)
+            (images / "train/red/new.png").unlink(missing_ok=True)
+
         def replace(images):
             shutil.copy(images / "train/red/3.png", images / "train/red/4.png")
-        for change, then in ((remove, 23), (add, 25), (replace, 24)):
-            with self.subTest(change.__name__):
-                images, out, flags = self.start()
-                change(images)
-                note = f"was trained on other images than {images} holds now (24 then, {then} now)"
-                result = finished(run("pretrain", "--out", out, "--resume", "--workers", 0))
-                self.assertEqual(result.out.count(note), 1)
-                self.assertEqual([row["epoch"] for row in read_csv(out / "log.csv")], ["1", "2"])
-                again = finished(run("pretrain", *flags))
-                self.assertIn("finished run kept", again.out)
-                self.assertEqual(again.out.count("was trained on other images"), 1)
+        images, out, _ = self.start()
+        resume = ("pretrain", "--out", out, "--resume", "--workers", 0)
+        before = (out / "checkpoint.pt").read_bytes()
+        for change, now in ((remove, 23), (add, 25)):
+            change(images)
+            assert_refused(run(*resume), (f"{out} was begun on 24 images of 3 classes",
+                                          f"{images} holds {now} of 3 now", "--overwrite"))
+            restore(images)
+        self.assertEqual((out / "checkpoint.pt").read_bytes(), before)
+        replace(images)
+        finished(run(*resume))
+        self.assertEqual([row["epoch"] for row in read_csv(out / "log.csv")], ["1", "2"])
 
     def test_damaged_image(self):
-        """Named; removed as advised, the run goes on."""
-        images, out, flags = self.start()
+        """Named; replaced as advised, the run goes on."""
+        images, out, _ = self.start()
         (images / "train/red/3.png").write_bytes(b"no image")
         assert_refused(run("pretrain", "--out", out, "--resume", "--workers", 0),
-                       (images / "train/red/3.png", "remove it"))
-        (images / "train/red/3.png").unlink()
+                       (images / "train/red/3.png", "replace or remove it"))
+        shutil.copy(images / "train/red/4.png", images / "train/red/3.png")
         finished(run("pretrain", "--out", out, "--resume", "--workers", 0))
         self.assertEqual(saved(out)["epoch"], 2)
 

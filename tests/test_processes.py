@@ -6,25 +6,27 @@ import unittest
 import torch
 
 from tests.helpers import (assert_near, assert_same_run, copy_of_photos, elsewhere, finished, new_folder,
-                           photo_autoencoder, photo_flags, read_csv, run, saved, torchrun, training)
+                           photo_autoencoder, photo_classifier, photo_flags, read_csv, run, saved, torchrun,
+                           training)
 
 
 class TestProcesses(unittest.TestCase):
     def test_stages(self):
-        """Training, going on with a cut run, and attack.py, in two processes and in one."""
+        """Training, going on with a cut run, and the later stages, in two processes and in one."""
         folder = new_folder()
         step = ("pretrain", "--sigma", 0, *training(1, 1196), "--out")
         train = ("pretrain", *training(2), *photo_flags(), "--out")
         clean = ("finetune", "--mode", "clean", "--autoencoder", photo_autoencoder(), *training(3),
                  "--workers", 0, "--out", folder / "clean")
-        attack = ("attack", folder / "clean", "--images", 19, "--attack", "fgsm", "--max-batch", 4,
-                  "--eps", "8/255")
-        stepped, whole, cut, resumed, finetuned, attacked = elsewhere(
+        attack = ("attack", folder / "clean", photo_classifier(), "--images", 19, "--attack", "fgsm",
+                  "--max-batch", 4, "--eps", "8/255", "--sigma", 0, 50, "--out")
+        defend = ("defend", folder / "clean", "--images", 19, "--max-batch", 4, "--out")
+        stepped, whole, cut, resumed, finetuned, attacked, shown = elsewhere(
             (*step, folder / "two", "--max-batch", 300), (*train, folder / "whole"),
             (1, *train, folder / "part"), ("pretrain", "--out", folder / "part", "--resume"),
-            clean, attack, processes=2)
+            clean, (*attack, folder / "by_two"), (*defend, folder / "by_two"), processes=2)
         self.assertEqual(cut.code, 130)
-        for result in (stepped, whole, resumed, finetuned, attacked):
+        for result in (stepped, whole, resumed, finetuned, attacked, shown):
             finished(result)
         self.one_step(step, folder)
 
@@ -32,14 +34,21 @@ class TestProcesses(unittest.TestCase):
         self.assertEqual(resumed.out.count("going on after epoch 1 of 2"), 1)
         assert_same_run(folder / "part", folder / "whole")
 
-        # attack.py counts each image once, and one process prints
-        finished(run(*attack))
-        two, one = read_csv(folder / "attack.csv")
-        self.assertEqual(attacked.out.count("8/255"), 1)
-        self.assertEqual(one["images"], "19")
-        for row in (one, two):
-            self.assertEqual(len(row.pop("pixels")), 12)  # each process looks at its own share
-        self.assertEqual({**one, "seconds": 0}, {**two, "seconds": 0})
+        # attack.py counts each image once, writes each row once, and one process prints
+        finished(run(*attack, folder / "by_one"))
+        two, one = (read_csv(folder / name / "attack.csv") for name in ("by_two", "by_one"))
+        self.assertEqual([row["level"] for row in two], ["off", "σ = 0", "σ = 50"])
+        self.assertEqual(attacked.out.count("8/255  fgsm"), 3)
+        for row, expected in zip(two[:2], one[:2]):  # at σ = 50 each process draws its own noise
+            self.assertEqual(row["images"], "19")
+            self.assertEqual({**row, "seconds": 0}, {**expected, "seconds": 0})
+
+        # and so does defend.py
+        expected = finished(run(*defend, folder / "by_one")).out
+        lines = [[line.split()[:-1] for line in out.splitlines() if line.startswith("clean ")]
+                 for out in (shown.out, expected)]  # without images/s
+        self.assertEqual(len(lines[1]), 1)
+        self.assertEqual(*lines)
 
     def one_step(self, step, folder):
         """Without noise two processes, and micro-batches, have the gradient that one has.
@@ -50,7 +59,7 @@ class TestProcesses(unittest.TestCase):
             finished(run(*step, folder / name, "--max-batch", most))
         gradients, losses = [], []
         for name in ("one", "micro", "two"):
-            state = saved(folder / name)["optimizer"]["state"].values()
+            state = saved(folder / name)["resume"]["optimizer"]["state"].values()
             gradients.append(torch.cat([moments["exp_avg"].flatten() for moments in state]))
             losses += [float(row["loss"]) for row in read_csv(folder / name / "log.csv")]
         self.assertGreater(gradients[0].abs().max(), 1e-3)

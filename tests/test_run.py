@@ -1,22 +1,23 @@
 """A checkpoint is read, built and loaded with care, and knows the code that it was made by."""
 
-import argparse
-import ast
+import contextlib
+import importlib
+import io
 import math
 import pickle
+import shutil
 import subprocess
+import sys
 import unittest
-from pathlib import Path
 from unittest import mock
 
-import numpy as np
 import torch
 
 from model import De3, UserError, make_classifier
 from support import run as run_module
-from tests.helpers import (REPOSITORY, RunsCode, assert_near, assert_refused, new_folder,
-                           photo_autoencoder, photo_classifier, random_images, run, saved,
-                           small_autoencoder, small_classifier, training)
+from tests.helpers import (REPOSITORY, RunsCode, assert_near, assert_refused, finished, new_folder,
+                           photo_autoencoder, photo_classifier, photo_flags, random_images, read_csv, run,
+                           saved, small_autoencoder, small_classifier)
 
 CONFIG = dict(image_size=16, patch_size=4, embed_dim=16, depth=2, num_heads=2, mean=(0.5,) * 3,
               std=(0.2,) * 3)
@@ -33,7 +34,8 @@ def small_checkpoint(kind, **config):
         torch.manual_seed(0)
         model = make_classifier(**config)
     checkpoint = dict(kind=kind, config=config, settings={}, data=dict(name="digits"), epoch=2, epochs=2,
-                      log=[], made_by=[run_module.provenance(["model.py"])], model=model.state_dict())
+                      log=[], made_by=[run_module.origin("python x.py", ["model.py"])],
+                      model=model.state_dict(), autoencoder=None, defense="", level=None)
     return checkpoint, model
 
 
@@ -84,61 +86,72 @@ class TestCheckpoint(unittest.TestCase):
                 torch.save(content, self.path)
             else:
                 self.path.write_bytes(pickle.dumps(content, protocol))
-            self.refused("run code")
-            for stage in (("finetune", "--autoencoder", self.folder), ("defend", "--run", self.folder),
-                          ("pretrain", "--out", self.folder, "--resume"), ("attack", self.folder),
-                          ("attack", self.path),
-                          ("finetune", "--mode", "clean", "--init", self.path)):
-                assert_refused(run(*stage), (self.path, "run code"))
+            self.refused("no checkpoint of this project")
+            for stage in (("finetune", "--autoencoder", self.folder), ("defend", self.folder),
+                          ("attack", self.folder),
+                          ("attack", photo_classifier(), "--autoencoder", self.folder),
+                          ("pretrain", "--out", self.folder, "--resume"),
+                          ("pretrain", *photo_flags(), "--init", self.folder, "--out", new_folder()),
+                          ("studies.ship", self.folder, "--out", new_folder())):
+                assert_refused(run(*stage), (self.path, "no checkpoint of this project"))
         self.assertFalse(trace.exists())
 
     def test_missing(self):
         """A later stage names the command that makes the run."""
         for maker, *stage in (("pretrain.py", "finetune", "--autoencoder"), ("finetune.py", "attack"),
-                              ("finetune.py", "defend", "--run")):
+                              ("finetune.py", "defend")):
             assert_refused(run(*stage, self.folder),
                            f"make it with python {maker} --out {self.folder}, or")
         assert_refused(run("attack", self.folder / "clean"), "finetune.py --mode clean --out")
 
     def test_other_files(self):
-        """Truncated, of another kind, of something else, or of an earlier layout."""
+        """Truncated, of another kind, or of something else."""
         self.refused(r"holds no run .*python pretrain.py --out")
         self.refused(r"holds no run .*python finetune.py --out", "classifier")
         checkpoint, _ = small_checkpoint("autoencoder")
         torch.save(checkpoint, self.path)
         whole = self.path.read_bytes()
         self.refused("holds autoencoder weights where classifier weights", "classifier")
+        torch.save(small_checkpoint("classifier")[0], self.path)  # of no defense: it holds no autoencoder
+        self.refused("holds classifier weights where autoencoder weights")
         for content in (whole[:len(whole) // 2], whole[:-30], whole[:10], b"", b"hello"):
             self.path.write_bytes(content)
             self.refused("is damaged")
-        for foreign in ({"model": {}}, [1, 2], torch.zeros(3), "x"):
+        for foreign in ({"model": {}}, [1, 2], {"w": torch.zeros(3)}, "x"):
             torch.save(foreign, self.path)
-            self.refused("not a checkpoint of this project")
-        for name in checkpoint:
-            torch.save({key: value for key, value in checkpoint.items() if key != name}, self.path)
-            self.refused("not a checkpoint of this project")
+            self.refused("no checkpoint of this project .*studies.convert")
 
     def test_what_does_not_fit(self):
-        """Config and weights must make one model: a sentence says what does not."""
+        """Config and weights must make one model: no other is ever returned."""
         checkpoint, _ = small_checkpoint("autoencoder")
-        model = checkpoint["model"]
-        others = [("config", {**checkpoint["config"], name: value}, words) for name, value, words in [
+        model, config = checkpoint["model"], checkpoint["config"]
+        without = {name: value for name, value in model.items() if name != "cls_token"}
+        others = [("config", {**config, name: value}, words) for name, value, words in [
             ("depth", 1, "blocks.1"), ("depth", 3, "blocks.2"), ("embed_dim", 32, "size mismatch"),
             ("num_heads", 3, "3 heads"), ("image_size", 8, "pos_embed"), ("patch_size", 5, "16.* 5"),
             ("dropout", 0.1, "dropout")]]
-        without = {name: value for name, value in model.items() if name != "cls_token"}
         others += [("model", {**model, "cls_token": torch.zeros(1, 1, 20)}, "cls_token"),
-                   ("model", without, "cls_token"), ("model", {**model, "more": torch.zeros(2)}, "more"),
-                   ("model", {**model, "cls_token": torch.full((1, 1, 16), math.nan)}, "not finite"),
-                   ("model", {**model, "cls_token": "x"}, "fit"), ("model", None, "fit")]
+                   ("model", without, "cls_token"), ("model", {**model, "more": torch.zeros(2)}, "more")]
         for name, value, words in others:
             with self.subTest(words):
                 torch.save({**checkpoint, name: value}, self.path)
-                self.refused(words)
-                assert_refused(run("finetune", "--autoencoder", self.folder, *training()), self.path)
+                with self.assertRaisesRegex((RuntimeError, TypeError, UserError), words):
+                    run_module.load(self.folder, "autoencoder")
         held = {**saved(photo_classifier())["autoencoder"], "model": without}
         torch.save({**saved(photo_classifier()), "autoencoder": held}, self.path)
-        assert_refused(run("attack", self.folder), ("autoencoder in", self.folder))
+        with self.assertRaisesRegex(RuntimeError, "cls_token"):
+            run("attack", self.folder)
+
+    def test_a_defense_holds_its_autoencoder(self):
+        """The folder of a De³ gives it as it was saved; that of an undefended run gives none."""
+        autoencoder, checkpoint = run_module.load(photo_classifier(), "autoencoder")
+        trained, _ = run_module.load(photo_autoencoder(), "autoencoder")
+        self.assertEqual((checkpoint["kind"], checkpoint["task"]), ("autoencoder", "nim"))
+        self.assertEqual(run_module.fingerprint(autoencoder), run_module.fingerprint(trained))
+        for part in (checkpoint, run_module.load(photo_classifier())[1]):
+            self.assertNotIn("resume", part)
+        with self.assertRaisesRegex(UserError, "holds classifier weights where autoencoder weights"):
+            run_module.load(photo_classifier("clean"), "autoencoder")
 
     def test_architectures(self):
         """Both take [0, 1] images, and normalize them inside."""
@@ -150,61 +163,67 @@ class TestCheckpoint(unittest.TestCase):
         assert_near(resnet(images), resnet[1]((images - 0.4) / 0.2), atol=1e-4)
 
     def test_fingerprint(self):
-        """It follows from the weights, and notices the smallest change of one, or of a number beside."""
+        """It follows from the weights, and notices the smallest change of one."""
         one, two = (run_module.fingerprint(small_autoencoder(seed)) for seed in (0, 1))
         self.assertRegex(one, "^[0-9a-f]{12}$")
         self.assertEqual(run_module.fingerprint(small_autoencoder(0)), one)
+        self.assertEqual(run_module.fingerprint(small_autoencoder(0).eval()), one)
         self.assertNotEqual(one, two)
         changed = small_autoencoder(0)
         weight = changed.decoder_pred.weight.data
         weight[0, 0] = torch.nextafter(weight[0, 0], torch.tensor(math.inf))
         self.assertNotEqual(run_module.fingerprint(changed), one)
-        self.assertNotEqual(run_module.fingerprint(small_autoencoder(0, norm_pix=True)), one)
-        otherwise_normalized = small_autoencoder(0)
-        otherwise_normalized.mean += 0.1
-        self.assertNotEqual(run_module.identity(otherwise_normalized), run_module.identity(small_autoencoder(0)))
+
+    def test_settings_of_all_parts_are_in_the_fingerprint(self):
+        """Two defenses of equal weights are two, where a number in any part of them differs."""
+        def defense(classifier=None, votes=1, **config):
+            return De3(small_autoencoder(0, **config), classifier or small_classifier(), 50, votes=votes)
+        plain = run_module.fingerprint(defense())
+        self.assertEqual(run_module.fingerprint(defense()), plain)
+        otherwise_normalized = defense()
+        otherwise_normalized.autoencoder.mean += 0.1
+        for other in (defense(norm_pix=True), defense(votes=2), otherwise_normalized, defense(num_heads=4)):
+            self.assertNotEqual(run_module.fingerprint(other), plain)
+        networks = []
+        for mean in (0.4, 0.5):  # in a list, inside torchvision's Normalize
+            torch.manual_seed(0)
+            networks.append(make_classifier(arch="resnet18", num_classes=3, mean=[mean] * 3, std=[0.2] * 3))
+        self.assertNotEqual(*[run_module.fingerprint(defense(network)) for network in networks])
 
 
 class TestDamage(unittest.TestCase):
     def test_single_bits(self):
         """A flipped bit is noticed, or lies where nothing is read and changes nothing."""
-        path, state = new_folder() / "checkpoint.pt", {"w": torch.randn(40, 3), "b": torch.randn(7)}
-        torch.save({"model": state, "epoch": 5}, path)
+        folder, state = new_folder(), {"w": torch.randn(40, 3), "b": torch.randn(7)}
+        path = folder / "checkpoint.pt"
+        torch.save({"kind": "autoencoder", "model": state, "epoch": 5}, path)
         whole, refused = path.read_bytes(), 0
         for position in range(0, len(whole), 3):
             damaged = bytearray(whole)
             damaged[position] ^= 1 << position % 8
             path.write_bytes(damaged)
             try:
-                found = run_module.read_weights(path)
+                found = run_module.read(folder)
             except UserError as error:
                 self.assertEqual(len(str(error).splitlines()), 1, error)
                 refused += 1
                 continue
-            self.assertEqual((list(found), found["epoch"]), (["model", "epoch"], 5), position)
+            self.assertEqual((list(found), found["epoch"]), (["kind", "model", "epoch"], 5), position)
             for name, value in state.items():
                 self.assertTrue(torch.equal(found["model"][name], value), position)
         self.assertGreater(refused, 40 * 3 * 4 / 3)  # at least those in the weights
 
     def test_every_bit_of_a_number(self):
-        path, weight = new_folder() / "checkpoint.pt", torch.tensor([1234.5678])
-        torch.save({"w": weight}, path)
+        folder, weight = new_folder(), torch.tensor([1234.5678])
+        path = folder / "checkpoint.pt"
+        torch.save({"kind": "classifier", "w": weight}, path)
         whole = path.read_bytes()
         start = whole.index(weight.numpy().tobytes())
         for bit in range(32):
             damaged = bytearray(whole)
             damaged[start + bit // 8] ^= 1 << bit % 8
             path.write_bytes(damaged)
-            self.assertRaisesRegex(UserError, "checksum", run_module.read_weights, path)
-
-    def test_other_formats(self):
-        """The older one, without checksums, and what training checkpoints of others hold besides."""
-        path = new_folder() / "weights.pth"
-        torch.save({"w": torch.arange(4.)}, path, _use_new_zipfile_serialization=False)
-        assert_near(run_module.read_weights(path)["w"], torch.arange(4.))
-        torch.save({"w": torch.arange(4.), "args": argparse.Namespace(lr=1), "best": np.float64(3),
-                    "loss": np.float32(2), "epoch": np.int64(7)}, path)
-        self.assertEqual(run_module.read_weights(path)["epoch"], 7)
+            self.assertRaisesRegex(UserError, "checksum", run_module.read, folder)
 
 
 class TestCode(unittest.TestCase):
@@ -212,10 +231,8 @@ class TestCode(unittest.TestCase):
             '        return 1\n')
 
     def digest(self, *changes):
-        """Of a file of that code, after this change (what, by what)."""
-        path = new_folder() / "code.py"
-        path.write_text(self.CODE.replace(*changes) if changes else self.CODE)
-        return run_module.digest_of_file(path)
+        """Of that code, after this change (what, by what)."""
+        return run_module.digest_of_code(self.CODE.replace(*changes) if changes else self.CODE)
 
     def test_digest(self):
         """Comments, docstrings and layout change nothing; everything else does."""
@@ -229,69 +246,127 @@ class TestCode(unittest.TestCase):
                        ("return 1", 'return "Doc."'), ("X = 3", "X = 3; Y = 4"), ("def f", "def g")]:
             with self.subTest(change):
                 self.assertNotEqual(self.digest(*change), whole)
-        self.assertEqual(run_module.digest_of_file(new_folder() / "none.py"), "missing")
+        self.assertEqual(run_module.digest_of_file("studies/none.py"), "")
 
-    def test_digest_in_other_pythons(self):
-        """Known values: what Python 3.10 to 3.13 write of a syntax tree differs, the digest does not."""
-        known = new_folder() / "code.py"
-        known.write_text('def f(a, *b):\n    return f"{a:>{b}} {a!r:{b[0]}.3}" + f"{b[\'x\']}" f"", None, []\n')
-        self.assertEqual(run_module.digest_of_file(known), "ce71afa28fcf")
-        run_module.digest_of_file.cache_clear()
-        without, with_text = "f'{a:{b}}'", ast.parse("f'{a:{b}}'")
-        spec, = [node for node in ast.walk(with_text) if isinstance(node, ast.FormattedValue)
-                 and node.format_spec]
-        spec.format_spec.values.append(ast.Constant(""))  # as Python 3.12 does
-        known.write_text(without)
-        expected = run_module.digest_of_file(known)
-        run_module.digest_of_file.cache_clear()
-        with mock.patch("ast.parse", return_value=with_text):
-            self.assertEqual(run_module.digest_of_file(known), expected)
-        run_module.digest_of_file.cache_clear()
+    def git(self, folder, *words):
+        """git in this folder; what it prints."""
+        return subprocess.run(["git", "-c", "user.name=x", "-c", "user.email=x", *words], cwd=folder,
+                              check=True, capture_output=True, text=True).stdout.strip()
+
+    def commit_of(self, folder):
+        """The commit of a project that lies in this folder."""
+        run_module.commit.cache_clear()
+        self.addCleanup(run_module.commit.cache_clear)
+        with mock.patch.object(run_module, "REPOSITORY", folder):
+            return run_module.commit()
+
+    def project(self, folder):
+        """A folder with a file in it by which git knows the project."""
+        (folder / "support").mkdir(parents=True)
+        (folder / "support/run.py").write_text("1")
+        return folder
 
     def test_commit(self):
         """Of the checkout, with a mark for uncommitted changes; nothing where git knows none."""
-        def git(*words):
-            return subprocess.run(["git", "-c", "user.name=x", "-c", "user.email=x", *words], cwd=folder,
-                                  check=True, capture_output=True, text=True).stdout.strip()
-
-        def found():
-            run_module.commit.cache_clear()
-            with mock.patch.object(run_module, "REPOSITORY", folder):
-                return run_module.commit()
-        self.addCleanup(run_module.commit.cache_clear)
-        folder = new_folder()
-        self.assertEqual(found(), "")
-        (folder / "code.py").write_text("1")
-        git("init", "-q")
-        git("add", "code.py")
-        git("commit", "-q", "-m", "first")
-        commit = git("rev-parse", "HEAD")[:12]
+        folder = self.project(new_folder() / "project")
+        self.assertEqual(self.commit_of(folder), "")
+        self.git(folder, "init", "-q")
+        self.git(folder, "add", ".")
+        self.git(folder, "commit", "-q", "-m", "first")
+        commit = self.git(folder, "rev-parse", "HEAD")[:12]
         (folder / "untracked").write_text("2")
-        self.assertEqual(found(), commit)
-        (folder / "code.py").write_text("2")
-        self.assertEqual(found(), commit + "+")
+        self.assertEqual(self.commit_of(folder), commit)
+        (folder / "support/run.py").write_text("2")
+        self.assertEqual(self.commit_of(folder), commit + "+")
         with mock.patch("subprocess.run", side_effect=FileNotFoundError):  # no git at all
-            self.assertEqual(found(), "")
+            self.assertEqual(self.commit_of(folder), "")
+
+    def test_commit_of_a_copy(self):
+        """A copy inside somebody's own repository has none: that repository does not know it."""
+        outer = new_folder()
+        self.git(outer, "init", "-q")
+        (outer / "thesis.txt").write_text("1")
+        self.git(outer, "add", ".")
+        self.git(outer, "commit", "-q", "-m", "mine")
+        copy = self.project(outer / "project")
+        self.assertEqual(self.commit_of(copy), "")
+        self.git(outer, "add", ".")  # now it does
+        self.git(outer, "commit", "-q", "-m", "with it")
+        self.assertEqual(self.commit_of(copy), self.git(outer, "rev-parse", "HEAD")[:12])
 
     def test_made_by(self):
-        """A run says by which command and code it was made; a row of a table, by which code it was."""
+        """A run says by which command and code it was made."""
         made, = saved(photo_classifier())["made_by"]
-        self.assertEqual(made["from_epoch"], 1)
+        self.assertEqual((made["from_epoch"], made["commit"]), (1, run_module.commit()))
         self.assertIn("finetune.py --mode de3 --autoencoder", made["command"])
         self.assertEqual(set(made["code"]), {"model.py", "support/training.py", "finetune.py"})
         for name, digest in made["code"].items():
-            self.assertEqual(digest, run_module.digest_of_file(REPOSITORY / name))
-        for row in saved(photo_classifier())["log"]:
-            self.assertEqual(row["commit"], run_module.commit())
+            self.assertEqual(digest, run_module.digest_of_code((REPOSITORY / name).read_text()))
 
-        model, files = small_classifier(), ("attack.py",)
-        row = run_module.origin_of_row(model, files)
-        self.assertEqual(row["weights"], run_module.identity(model))
+    def test_code_of_a_row(self):
+        """A row of attack.csv says which code decides it: the model's and the attack's, no other file's."""
+        out, digest_of_file = new_folder(), run_module.digest_of_file
+        command = ("attack", photo_classifier("clean"), "--images", 3, "--attack", "fgsm", "--eps", "8/255",
+                   "--out", out)
+        finished(run(*command))
+        first, = read_csv(out / "attack.csv")
+        self.assertEqual(first["code"], run_module.digest_of_files(["attack.py", "model.py"]))
         for edited in ("model.py", "attack.py", "support/data.py"):
-            def changed(path, edited=edited):
-                return "changed" if Path(path) == REPOSITORY / edited else "same"
-            with mock.patch.object(run_module, "digest_of_file", lambda path: "same"):
-                before = run_module.origin_of_row(model, files)["code"]
-            with mock.patch.object(run_module, "digest_of_file", changed):
-                after = run_module.origin_of_row(model, files)["code"]
-            self.assertEqual(after != before, edited != "support/data.py")
+            def digest(name, edited=edited):
+                return "edited" if name == edited else digest_of_file(name)
+            with mock.patch.object(run_module, "digest_of_file", digest):
+                finished(run(*command))
+        codes = {row["code"] for row in read_csv(out / "attack.csv")}
+        self.assertEqual(len(codes), 3)
+
+    def test_code_that_was_imported(self):
+        """An edit of a file while the process runs changes no digest; importing it anew does."""
+        project = new_folder() / "project"
+        project.mkdir()
+        path, name = project / "edited_module.py", "edited_module.py"
+        path.write_text("x = 1\n")
+        self.addCleanup(sys.modules.pop, "edited_module", None)
+        with mock.patch.object(run_module, "REPOSITORY", project), \
+                mock.patch.dict(run_module._imported, clear=True), \
+                mock.patch.object(sys, "path", [str(project), *sys.path]), \
+                mock.patch.object(sys, "dont_write_bytecode", True):
+            module = importlib.import_module("edited_module")
+            run_module.note_imported_code()
+            first = run_module.digest_of_file(name)
+            self.assertEqual(first, run_module.digest_of_code("x = 1"))
+            path.write_text("x = 20\n")
+            run_module.note_imported_code()  # as every stage does when it begins
+            self.assertEqual((module.x, run_module.digest_of_file(name)), (1, first))
+            importlib.reload(module)
+            run_module.note_imported_code()
+            self.assertEqual((module.x, run_module.digest_of_file(name)),
+                             (20, run_module.digest_of_code("x = 20")))
+
+    def test_one_line_for_all_runs(self):
+        """Of runs made by other code, or with an autoencoder made by other code, each with its files."""
+        def made(by, autoencoder=None):
+            digests = {name: run_module.digest_of_file(name) for name in ("model.py", "finetune.py")}
+            return dict(made_by=[dict(code={**digests, **code}) for code in by], autoencoder=autoencoder)
+        same, edited = made([{}]), made([{}, {"model.py": "other"}])
+        checkpoints = {"runs/a": same, "runs/b": edited, "runs/c": made([{}], autoencoder=edited),
+                       "runs/d": made([{"model.py": "x", "finetune.py": "y"}])}
+        with contextlib.redirect_stdout(io.StringIO()) as printed:
+            run_module.say_made_by_other_code(checkpoints)
+            run_module.say_made_by_other_code({"runs/a": same})
+        self.assertEqual(printed.getvalue(), "note: made by other code than that of today: runs/b (model.py)"
+                         "; runs/c (model.py); runs/d (finetune.py, model.py)\n")
+
+    def test_one_line_a_command(self):
+        """attack.py says it once, for all the runs it tests."""
+        folders = []
+        for mode in ("clean", "de3"):
+            folder = shutil.copytree(photo_classifier(mode), new_folder() / mode)
+            checkpoint = saved(folder)
+            checkpoint["made_by"][0]["code"]["finetune.py"] = "other"
+            torch.save(checkpoint, folder / "checkpoint.pt")
+            folders.append(folder)
+        out = finished(run("attack", *folders, "--images", 3, "--attack", "fgsm", "--sigma", 0, 50, "--out",
+                           new_folder())).out
+        lines = [line for line in out.splitlines() if "other code" in line]
+        self.assertEqual(lines, ["note: made by other code than that of today: "
+                                 + "; ".join(f"{folder} (finetune.py)" for folder in folders)])

@@ -23,7 +23,7 @@ class TestShip(unittest.TestCase):
         cls.result = finished(run("studies.ship", *runs, "--out", cls.assets))
 
     def test_copies(self):
-        """Half the bytes, rounded weights, no optimizer, and no folder of the machine."""
+        """Half the bytes, rounded weights, nothing for --resume, no digests of code, no private folder."""
         for name in self.NAMES:
             path, original = (folder / name / "checkpoint.pt" for folder in (self.assets, self.own))
             self.assertIn(f"wrote {path}", self.result.out)
@@ -31,7 +31,9 @@ class TestShip(unittest.TestCase):
             halved, whole = torch.load(path, weights_only=True), torch.load(original)
             for kept, made in [(halved, whole)] + [(halved["autoencoder"], whole["autoencoder"])
                                                    for _ in range(name == "de3")]:
-                self.assertNotIn("optimizer", kept)
+                self.assertNotIn("resume", kept)
+                self.assertEqual([made_by["code"] for made_by in kept["made_by"]], [{}])
+                self.assertTrue(made["made_by"][0]["code"])
                 for weight, value in made["model"].items():
                     self.assertEqual(kept["model"][weight].dtype, torch.float16)
                     assert_near(kept["model"][weight].float(), value, atol=1e-6, rtol=1e-3)
@@ -66,19 +68,20 @@ class TestShip(unittest.TestCase):
             out = new_folder()
             finished(run("attack", folder, *flags, "--out", out))
             found.append(read_csv(out / "attack.csv"))
-            finished(run("defend", photo, "--run", folder, "--out", out))
+            finished(run("defend", folder, "--photos", photo, "--out", out))
             self.assertTrue(list(out.glob("purified/*.png")))
             finished(run("studies.certify", folder, "--sigma", 50, "--images", 2, "--n", 10, "--out",
                          out))
         self.assertEqual(set(copied.rglob("*")), before)
-        for trained, row in zip(*found):
-            self.assertEqual((row["defense"], row["attack"]), (trained["defense"], trained["attack"]))
+        for trained, row in zip(*found, strict=True):
+            self.assertEqual((row["level"], row["attack"]), (trained["level"], trained["attack"]))
+            self.assertEqual(row["defense"], trained["defense"].replace("de3", "renamed"))
             self.assertAlmostEqual(float(row["clean_accuracy"]), float(trained["clean_accuracy"]),
                                    delta=5)
             self.assertNotEqual(row["weights"], trained["weights"])
 
     def test_refuses(self):
-        """What is no finished run, and to train a copy further, by what is missing."""
+        """What is no finished run, two runs of one name, and to train a copy further."""
         assert_refused(run("studies.ship", new_folder() / "none", "--out", new_folder()), "holds no run")
         source = photo_autoencoder() / "checkpoint.pt"
         unfinished = new_folder() / "nim"
@@ -90,15 +93,17 @@ class TestShip(unittest.TestCase):
         out = new_folder()
         assert_refused(run("studies.ship", photo_autoencoder(), again, "--out", out), "the same name")
         self.assertEqual(list(out.iterdir()), [])
+        copied = shutil.copytree(self.assets / "nim", new_folder() / "nim")
+        assert_refused(run("pretrain", "--out", copied, "--resume"), ("lacks what --resume needs", "--init"))
 
     def test_weights_that_come_along(self):
         """Those of assets/ label a photograph."""
         out, photo = new_folder(), photos() / "val" / "red" / "0.png"
-        for name, words in (("de3", "De³ σ = 50"), ("clean", "undefended"),
-                            ("adversarial", "adversarial")):
-            result = finished(run("defend", photo, "--run", REPOSITORY / "assets/cifar10" / name,
+        for name, words in (("de3", "de3, σ = 50"), ("clean", "clean"), ("adversarial", "adversarial")):
+            result = finished(run("defend", REPOSITORY / "assets/cifar10" / name, "--photos", photo,
                                   "--out", out))
-            self.assertRegex(result.out, rf"{words}.*: [a-z]+ \([\d.]+%\)")
+            self.assertRegex(result.out, rf"{words}: [a-z]+ \([\d.]+%\)")
+            self.assertNotIn("other code", result.out)
 
 
 if __name__ == "__main__":

@@ -90,7 +90,7 @@ class TestPlain(unittest.TestCase):
         self.assertEqual(len({noise.sum().item() for noise in seen}), 3 * speed.STEPS)
 
 
-class TestTable(unittest.TestCase):
+class TestSpeed(unittest.TestCase):
     def test_measure(self):
         """In turns, and the fastest counts."""
         order = []
@@ -126,6 +126,6 @@ class TestTable(unittest.TestCase):
         """A plain De³ that is not ours, and bad flags."""
         with mock.patch.object(speed, "plain_blocks", one_head):
             assert_refused(run("studies.speed", *SHORT), "differ by")
-        for flag, value in (("--size", "enormous"), ("--batch", 0), ("--seconds", -1),
+        for flag, value in (("--size", "enormous"), ("--batch", 0), ("--seconds", "x"),
                             ("--data", "digits"), ("--device", "meta")):
             assert_refused(run("studies.speed", flag, value), flag)

@@ -28,10 +28,12 @@ class TestStages(unittest.TestCase):
         """One classifier a call, which is better than chance; a De³'s folder holds its autoencoder."""
         folder, (_, *finetuned) = digits_runs()
         nim = saved(folder / "nim")
-        for mode, kind, result in zip(("de3", "clean"), ("de3 at σ = uniform:.*", "clean"), finetuned):
-            accuracy, = re.findall(rf"^{kind}: ([\d.]+)% of 240 val", result.out, re.M)
+        ends = ("right behind De³, σ = uniform:100,400", "right")
+        for mode, end, result in zip(("de3", "clean"), ends, finetuned):
+            accuracy, = re.findall(rf"^([\d.]+)% of the validation images are {end}$", result.out, re.M)
             self.assertGreater(float(accuracy), 18)  # chance is 10
-            self.assertIn(f"the run is in {folder / mode}\n", result.out)
+            self.assertIn(f"\nthe run is in {folder / mode}; next: python attack.py {folder / mode}\n",
+                          result.out)
             checkpoint = saved(folder / mode)
             self.assertEqual(checkpoint["classes"], [str(digit) for digit in range(10)])
             self.assertEqual(checkpoint["defense"], mode if mode == "de3" else "")
@@ -55,14 +57,15 @@ class TestStages(unittest.TestCase):
 
     def test_defend(self):
         folder, _ = digits_runs()
-        result = finished(run("defend", "--run", folder / "clean", folder / "de3", "--images", 20,
-                              "--votes", 2, "--steps", 2, "--eot", 2))
-        row = r"^(undefended|De³ σ = \d+) +([\d.]+) +([\d.]+|-) +\d+$"
+        result = finished(run("defend", folder / "clean", folder / "de3", "--images", 20, "--votes", 2,
+                              "--steps", 2, "--eot", 2))
+        self.assertIn("20 test images of digits, votes 2, seed 0\n", result.out)
+        row = r"^(clean|de3, σ = \d+) +([\d.]+) +([\d.]+|-) +\d+$"
         rows = re.findall(row, result.out, re.M)
-        levels = [f"De³ σ = {sigma}" for sigma in data.DATASETS["digits"].test_sigmas]
-        self.assertEqual([words for words, _, _ in rows], ["undefended", *levels])
+        levels = [f"de3, σ = {sigma}" for sigma in data.DATASETS["digits"].test_sigmas]
+        self.assertEqual([name for name, _, _ in rows], ["clean", *levels])
         classifier, _ = run_module.load(folder / "clean", "classifier")
-        images, labels = (values[::18] for values in data.load_dataset("digits", "test", 32).tensors)
+        images, labels, _ = data.load_images("digits", "test", 32, count=20)
         with torch.no_grad():
             accuracy = 100 * (classifier(images).argmax(1) == labels).double().mean()
         self.assertAlmostEqual(float(rows[0][1]), accuracy.item(), delta=0.06)
@@ -75,14 +78,13 @@ class TestStages(unittest.TestCase):
         folder, _ = digits_runs()
         photo = new_folder() / "my photo.png"
         Image.fromarray(np.full((40, 50, 3), 99, np.uint8)).save(photo)
-        result = finished(run("defend", photo, "--run", folder / "clean", folder / "de3",
+        result = finished(run("defend", folder / "clean", folder / "de3", "--photos", photo,
                               "--sigma", 0, 80))
-        lines = [line for line in result.out.splitlines() if line.startswith(str(photo))]
-        self.assertEqual([re.search(r"undefended|σ = \d+", line)[0] for line in lines],
-                         ["undefended", "σ = 0", "σ = 80"])
+        lines = re.findall(rf"^{re.escape(str(photo))}  (.*): \d \([\d.]+%\)$", result.out, re.M)
+        self.assertEqual(lines, ["clean", "de3, σ = 0", "de3, σ = 80"])
         pictures = sorted((folder / "purified").iterdir())
-        self.assertEqual([path.name for path in pictures],
-                         ["my photo_de3_sigma0.png", "my photo_de3_sigma80.png"])
+        self.assertEqual([path.name for path in pictures], [
+            f"{photo.parent.name}_my photo_de3_{level}.png" for level in ("sigma0", "sigma80")])
         for path in pictures:
             with Image.open(path) as image:
                 self.assertEqual(image.size, (32, 32))
@@ -98,10 +100,10 @@ class TestStages(unittest.TestCase):
     def test_attack(self):
         rows, (folder, _) = self.attack("--eot", 2), digits_runs()
         clean, de3 = str(folder / "clean"), str(folder / "de3")
-        names = {(row["defense"], row["run"], row["level"]) for row in rows}
+        names = {(row["defense"], row["run"], row["level"], row["value"]) for row in rows}
         sigmas = data.DATASETS["digits"].test_sigmas
-        self.assertEqual(names, {("undefended", clean, "off"), *(
-            (f"De³ σ = {sigma}", de3, f"σ = {sigma}") for sigma in sigmas)})
+        self.assertEqual(names, {("clean", clean, "off", ""), *(
+            (f"de3, σ = {sigma}", de3, f"σ = {sigma}", f"{sigma:.1f}") for sigma in sigmas)})
         self.assertIn(0, sigmas)
         expected = {("off", name) for name in ("fgsm", "pgd")} | {
             (f"σ = {sigma}", name) for sigma in sigmas for name in ("fgsm", "pgd", "pgd+eot")
@@ -116,7 +118,7 @@ class TestStages(unittest.TestCase):
             self.assertEqual(row["draws"], "5" if row["level"] not in ("off", "σ = 0") else "1")
             self.assertEqual((row["images"], row["split"], row["data"], row["reading"]),
                              ("20", "test", "digits", "one shot"))
-            self.assertEqual((row["norm"], row["threat"], row["seed"]), ("linf", "white", "0"))
+            self.assertEqual((row["norm"], row["threat"], row["attack_seed"]), ("linf", "white", "0"))
             self.assertEqual(row["commit"], run_module.commit())
         weights = {(row["run"], row["weights"], row["code"]) for row in rows}
         self.assertEqual(len(weights), 2)  # one for each run; sigma is a level of the same weights
@@ -125,7 +127,7 @@ class TestStages(unittest.TestCase):
         """Two losses, two restarts, undefended and De³, in a ball that is the whole pixel box."""
         rows = self.attack("--attack", "pgd", "--eps", "1", "--sigma", 50, "--restarts", 2,
                            "--loss", "ce", "margin")
-        self.assertEqual([row["defense"] for row in rows], ["undefended", "De³ σ = 50"])
+        self.assertEqual([row["defense"] for row in rows], ["clean", "de3, σ = 50"])
         for row in rows:
             self.assertEqual((row["loss"], row["restarts"]), ("ce+margin", "2"))
             self.assertLess(float(row["robust_accuracy"]), 30)

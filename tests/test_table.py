@@ -1,4 +1,4 @@
-"""What the stages report: scores, intervals, the rows of attack.csv, defenses in words, pictures."""
+"""What the stages report: scores, intervals, the rows of attack.csv and their names, pictures."""
 
 import contextlib
 import math
@@ -13,11 +13,12 @@ from PIL import Image, ImageColor, ImageFont
 from torch import nn
 
 import attack
-from model import De3, MaskAndFill, NoiseOnly, UserError
-from support import data, report, weights
+from model import De3, MaskAndFill, MaskAndPaste, NoiseOnly, UserError
+from support import data, report
 from support import run as run_module
-from tests.helpers import (assert_near, assert_refused, digits_runs, finished, new_folder, photo_classifier,
-                           random_images, read_csv, run, small_autoencoder, small_classifier)
+from tests.helpers import (assert_near, assert_refused, digits_runs, finished, new_folder, photo_autoencoder,
+                           photo_classifier, random_images, read_csv, run, small_autoencoder,
+                           small_classifier)
 
 
 class TestTable(unittest.TestCase):
@@ -55,28 +56,17 @@ class TestTable(unittest.TestCase):
         b = a + torch.tensor([0.1, 0.01]).view(2, 1, 1, 1)
         assert_near(report.psnr(b, a), torch.tensor([20., 40.]), atol=1e-3)
 
-    def test_defenses_in_words(self):
-        """The title and level of a defense, then what is particular to the classifier's training."""
-        autoencoder = small_autoencoder()
-        for words, defense, changes in [
-                ("undefended", None, {}),
-                ("De³ σ = 50", De3(autoencoder, None, 50), {}),
-                ("De³ σ = 0", De3(autoencoder, None, 0), {}),
-                ("noise only σ = 50", NoiseOnly(None, None, 50), {}),
-                ("MIM mask 0.5", MaskAndFill(autoencoder, None, 0.5), {}),
-                ("MIM mask 0.5, visible kept",
-                 MaskAndFill(autoencoder, None, 0.5, keep_visible=True), {}),
-                ("adversarial training 16/255", None, dict(adversarial=16 / 255)),
-                ("De³ σ = 50, adversarial training 8/255", De3(autoencoder, None, 50),
-                 dict(adversarial=8 / 255)),
-                ("undefended, from scratch", None, dict(from_scratch=True)),
-                ("De³ σ = 50, resnet18", De3(autoencoder, None, 50), dict(arch="resnet18"))]:
-            config = {"arch": changes.get("arch", "vit")}
-            self.assertEqual(weights.describe(dict(settings=changes, config=config), defense), words)
+    def test_in_batches(self):
+        """Every image once, in order and as a float, in batches of any size; it says how far it is."""
+        images = (255 * random_images(7, 1, 2, 2)).byte()
+        labels, sizes, told = torch.arange(7), [], []
 
-    def test_published_weights_in_words(self):
-        """Nothing is known of how they were trained."""
-        self.assertEqual(weights.describe(dict(settings={}, config={}), None), "undefended")
+        def brightness(x, y):
+            sizes.append(len(x))
+            return x.mean((1, 2, 3)) + y
+        found = attack.in_batches(brightness, images, labels, 3, told.append)
+        assert_near(found, images.float().mean((1, 2, 3)) / 255 + labels)
+        self.assertEqual((sizes, told), ([3, 3, 1], [3 / 7, 6 / 7, 1]))
 
 
 class TestRows(unittest.TestCase):
@@ -85,28 +75,71 @@ class TestRows(unittest.TestCase):
     SHORT = ("--images", 6, "--attack", "fgsm", "--eps", "8/255")
 
     def test_append_row(self):
-        """A column that a table lacks is added behind; in the old rows it is empty."""
+        """A line a row, appended: what stands there is not touched, and other columns are refused."""
         path = new_folder() / "new" / "attack.csv"
-        report.append_row(path, dict(defense="De³ σ = 50", robust=10))
-        report.append_row(path, dict(defense="undefended", robust=1, code="abc"))
-        report.append_row(path, dict(defense="clean"))
-        self.assertEqual(read_csv(path), [
-            dict(defense="De³ σ = 50", robust="10", code=""),
-            dict(defense="undefended", robust="1", code="abc"),
-            dict(defense="clean", robust="", code="")])
-        self.assertEqual(report.read_table(path), read_csv(path))
+        report.append_row(path, dict(defense="De³, σ = 50", robust=10))
+        first = path.read_bytes()
+        report.append_row(path, dict(defense='a "clean" one', robust=1))
+        self.assertTrue(path.read_bytes().startswith(first))
+        self.assertEqual(report.read_rows(path), [dict(defense="De³, σ = 50", robust="10"),
+                                                  dict(defense='a "clean" one', robust="1")])
+        self.assertEqual(report.read_rows(path), read_csv(path))
+        for row in (dict(defense="x"), dict(robust=1, defense="x"), dict(defense="x", robust=1, code="y")):
+            self.assertRaisesRegex(UserError, "other columns", report.append_row, path, row)
+        self.assertEqual(len(read_csv(path)), 2)
+        self.assertEqual(report.read_rows(path.parent / "none.csv"), [])
+
+    def test_row_that_is_there(self):
+        """What was measured by the same code on the same images is shown again, not measured again."""
+        out, fgsm = new_folder(), ("attack", photo_classifier("clean"), *self.SHORT)
+        first = finished(run(*fgsm, "--out", out)).out
+        with mock.patch.object(attack, "ATTACKS", {"fgsm": attack.ATTACKS["fgsm"]._replace(function=None)}):
+            again = finished(run(*fgsm, "--out", out)).out
+        self.assertEqual(*[re.search(r"\nclean .* fgsm .*\]", text)[0] for text in (first, again)])
+        self.assertRegex(again, r"\nclean .* kept\n")
+        self.assertEqual(len(read_csv(out / "attack.csv")), 1)
+        for flag, value in (("--seed", 1), ("--images", 7), ("--eps", "7/255"), ("--threat", "gray")):
+            finished(run(*fgsm, flag, value, "--out", out))
+        self.assertEqual(len(read_csv(out / "attack.csv")), 5)
 
     def test_settings_are_shown(self):
-        """The step size in the heading; eps 0 is used, and gives the clean accuracy."""
+        """Those of each attack beside it; eps 0 is used, and gives the clean accuracy."""
         folder, out = digits_runs()[0], new_folder()
-        for flags, words in ((["--step-size", "2/255"], "20 steps of 2/255"),
-                             (["--steps", 7], "7 steps of 2.5 eps/steps")):
-            result = finished(run("attack", folder / "clean", "--images", 6, "--attack", "pgd",
-                                  "--eps", 0, *flags, "--out", out))
-            self.assertIn(words, result.out.partition("defense")[0])
-        for row, step in zip(read_csv(out / "attack.csv"), ("0.00784314", "0")):
-            self.assertEqual((row["eps"], row["step_size"]), ("0", step))
-            self.assertEqual(row["robust_accuracy"], row["clean_accuracy"])
+        for flags in (["--step-size", "2/255"], ["--steps", 7]):
+            result = finished(run("attack", folder / "de3", "--sigma", 50, "--images", 6, "--attack", "fgsm",
+                                  "pgd+eot", "--eot", 3, "--eps", 0, *flags, "--out", out))
+            shown = re.findall(r"\nde3, σ = 50 +0/255 +(fgsm|pgd\+eot) +(\d+) +(\d+) ", result.out)
+            self.assertEqual(shown, [("fgsm", "1", "1"),
+                                     ("pgd+eot", "7" if flags == ["--steps", 7] else "20", "3")])
+        rows = [row for row in read_csv(out / "attack.csv") if row["attack"] == "pgd+eot"]
+        for row, step in zip(rows, ("0.00784314", "0"), strict=True):
+            self.assertEqual((row["eps"], row["step_size"], row["eot"]), ("0", step, "3"))
+            self.assertAlmostEqual(float(row["robust_accuracy"]), float(row["clean_accuracy"]), delta=17)
+        finished(run("attack", folder / "clean", "--images", 6, "--attack", "pgd", "--eps", 0, "--out", out))
+        last = read_csv(out / "attack.csv")[-1]
+        self.assertEqual(last["robust_accuracy"], last["clean_accuracy"])
+
+    def test_names(self):
+        """A row is named by the folder of its run, what else stands in front of it, and the level."""
+        folder, out = new_folder(), new_folder()
+        for name, source in (("trades", photo_classifier("clean")), ("paper's", photo_classifier()),
+                             ("a/same", photo_classifier()), ("b/same", photo_classifier())):
+            (folder / name).parent.mkdir(exist_ok=True)
+            (folder / name).symlink_to(source)
+        for runs, flags, expected in [
+                (["trades", "paper's"], ["--sigma", 50, "off"],
+                 [("trades", "off", ""), ("paper's, σ = 50", "σ = 50", "50.0"), ("paper's, off", "off", "")]),
+                (["trades"], ["--autoencoder", photo_autoencoder(), "--sigma", 9],
+                 [("trades behind De³, σ = 9", "σ = 9", "9.0")]),
+                (["paper's"], ["--defense", "no-denoise:uniform:0,9"],
+                 [("paper's behind noise only, σ = uniform:0,9", "σ = uniform:0,9", "")]),
+                (["a/same", "b/same"], ["--sigma", 50],
+                 [(f"{folder / name}, σ = 50", "σ = 50", "50.0") for name in ("a/same", "b/same")])]:
+            with self.subTest(runs, flags=flags):
+                finished(run("attack", *[folder / name for name in runs], *flags, *self.SHORT, "--out", out))
+                rows = read_csv(out / "attack.csv")
+                self.assertEqual([(row["defense"], row["level"], row["value"]) for row in rows], expected)
+                (out / "attack.csv").unlink()
 
     def test_table_that_cannot_be_written(self):
         """What was measured was shown before; the clock may be coarse, or set back."""
@@ -115,7 +148,7 @@ class TestRows(unittest.TestCase):
             refused = run("attack", photo_classifier("clean"), "--attack", "fgsm", "--images", 4, "--eps",
                           "8/255", "--workers", 0, "--out", new_folder())
         assert_refused(refused, "could not save")
-        self.assertRegex(refused.out, r"undefended +8/255 +fgsm +[\d.]+ \[")
+        self.assertRegex(refused.out, r"clean +8/255 +fgsm +1 +1 +[\d.]+ \[")
 
     def test_rows_say_where_they_come_from(self):
         """Commit, code, weights (autoencoder included), data and the pixels that were attacked."""
@@ -124,19 +157,22 @@ class TestRows(unittest.TestCase):
         out = new_folder()
         finished(run("attack", *flags, "--out", out))
         finished(run("attack", *flags, "--out", out, "--seed", 1, "--images", 7))
-        with mock.patch.object(run_module, "digests", lambda files: dict.fromkeys(files, "edited")):
+        with mock.patch.object(run_module, "digest_of_file", lambda name: f"edited {name}"):
             finished(run("attack", *flags, "--out", out))
         rows = read_csv(out / "attack.csv")
+        self.assertEqual(len(rows), 12)
         self.assertEqual([row["defense"] for row in rows[:4]],
-                         ["undefended (%s)" % (folder / name) for name in ("clean", "de3")]
-                         + ["De³ σ = 0", "De³ σ = 50"])
+                         ["clean", "de3, off", "de3, σ = 0", "de3, σ = 50"])
+        self.assertEqual([row["run"] for row in rows[:4]],
+                         [(folder / name).as_posix() for name in ("clean", "de3", "de3", "de3")])
         clean, _ = run_module.load(folder / "clean", "classifier")
-        batches = data.Loader(data.evenly_spread(data.load_dataset("digits", "test", 32), 6), 120)
+        pixels = data.digest(*data.load_images("digits", "test", 32, count=6)[:2])
         for row in rows:
             self.assertEqual((row["data"], row["split"], row["commit"]), ("digits", "test",
                                                                          run_module.commit()))
-            self.assertEqual(row["pixels"] == data.digest_of(batches), row["images"] == "6")
-            self.assertEqual(row["weights"] == run_module.identity(clean),
+            self.assertEqual(row["pixels"] == pixels, row["images"] == "6")
+            self.assertEqual(row["attack_seed"], "1" if row["images"] == "7" else "0")
+            self.assertEqual(row["weights"] == run_module.fingerprint(clean),
                              row["run"].endswith("clean"))
         self.assertEqual(len({row["weights"] for row in rows}), 3)  # De³ has an autoencoder
         self.assertEqual({row["code"] for row in rows[:8]} & {row["code"] for row in rows[8:]}, set())
@@ -148,48 +184,35 @@ class TestRows(unittest.TestCase):
         defenses = [De3(autoencoder, classifier, 50), De3(small_autoencoder(1), classifier, 50),
                     De3(autoencoder, small_classifier(1), 50), De3(autoencoder, classifier, 50, votes=3),
                     NoiseOnly(None, classifier, 50), classifier,
-                    MaskAndFill(autoencoder, classifier, 0.5),
-                    MaskAndFill(autoencoder, classifier, 0.5, keep_visible=True)]
+                    MaskAndFill(autoencoder, classifier, 0.5), MaskAndPaste(autoencoder, classifier, 0.5)]
         found = [run_module.fingerprint(defense) for defense in defenses]
         self.assertEqual(len(set(found)), len(found))
         again = De3(small_autoencoder(), small_classifier(), 50).eval()
         self.assertEqual(run_module.fingerprint(again), found[0])
 
-    def test_table_of_an_earlier_layout(self):
-        """Fewer columns, perhaps saved by a spreadsheet program with a mark in front: goes on in it."""
-        folder, out = digits_runs()[0], new_folder()
-        for encoding in ("utf-8", "utf-8-sig"):
-            (out / "attack.csv").write_text("defense,attack,robust_accuracy\nDe³,pgd,12.50\n", encoding)
-            finished(run("attack", folder / "clean", *self.SHORT, "--out", out))
-            old, new = read_csv(out / "attack.csv")
-            self.assertEqual((old["defense"], old["robust_accuracy"], old["code"]), ("De³", "12.50", ""))
-            self.assertEqual((new["defense"], new["attack"]), ("undefended", "fgsm"))
-            self.assertEqual(list(old)[:3], ["defense", "attack", "robust_accuracy"])
-            self.assertNotIn("", new.values())
+    def test_other_table(self):
+        """With other columns, or none: refused in one sentence, and it stays as it is."""
+        clean, out = digits_runs()[0] / "clean", new_folder()
+        for content in ("defense,attack,robust_accuracy\nDe³,pgd,12.50\n", "defense;attack\nDe³;pgd\n"):
+            (out / "attack.csv").write_text(content)
+            assert_refused(run("attack", clean, *self.SHORT, "--out", out),
+                           ("attack.csv", "other columns", "--out"))
+            self.assertEqual((out / "attack.csv").read_text(), content)
 
-    def test_no_table(self):
-        """Said before anything is measured; the file stays as it is."""
-        folder, out = digits_runs()[0], new_folder()
-        for content, words in [("defense;attack\nDe³;pgd\n", "separated by commas"),
-                               ("defense,attack\nDe³,pgd,12,50\n", "more fields than the heading"),
-                               ('defense,attack\n"De³,pgd\n', "attack.csv"),
-                               (b"\xff\xfe\0", "attack.csv"),
-                               ("defense\n", "separated by commas")]:
-            content = content.encode() if isinstance(content, str) else content
-            (out / "attack.csv").write_bytes(content)
-            with mock.patch.object(attack, "pgd", side_effect=AssertionError):
-                refused = run("attack", folder / "clean", *self.SHORT, "--out", out)
-            assert_refused(refused, (words, "is not a table that can be read"))
-            self.assertEqual((out / "attack.csv").read_bytes(), content)
+    def test_spreadsheet(self):
+        """One that puts a mark in front of the text: the rows are read all the same."""
+        path = new_folder() / "attack.csv"
+        path.write_text("defense,robust\nDe³,1\n", "utf-8-sig")
+        self.assertEqual(report.read_rows(path), [dict(defense="De³", robust="1")])
 
     def test_folder_whose_name_is_no_text(self):
-        """Of the bytes caf\\xe9: attack.csv keeps them."""
+        """Of the bytes caf\\xe9: attack.csv keeps them, and the second call finds its row again."""
         folder, out = digits_runs()[0], new_folder() / os.fsdecode(b"caf\xe9")
         os.symlink(folder, out)
         for _ in range(2):
             finished(run("attack", out / "clean", *self.SHORT, "--out", out.parent))
         rows = (out.parent / "attack.csv").read_bytes().splitlines()[1:]
-        self.assertEqual([b"caf\xe9/clean" in row for row in rows], [True, True])
+        self.assertEqual([b"caf\xe9/clean" in row for row in rows], [True])
 
 
 class TestSheet(unittest.TestCase):
@@ -221,10 +244,10 @@ class TestSheet(unittest.TestCase):
             gap = dark[-report.CELL - 2 * report.GAP + 1:-report.CELL - report.GAP]
             self.assertFalse(gap.any(), name)
             self.assertTrue(dark[-report.CELL - report.GAP:].any())
-        font = report.load_font()
-        self.assertEqual(report.shorten("cat", font, 112), "cat")
-        short = report.shorten("terrier" * 9, font, 112)
-        self.assertTrue(short.startswith("terrier") and short.endswith("..."))
+        font = ImageFont.load_default(report.TEXT)
+        self.assertEqual(report.fitting("cat", font, 112), "cat")
+        short = report.fitting("terrier" * 9, font, 112)
+        self.assertTrue("terrier" * 9 != short and ("terrier" * 9).startswith(short))
         self.assertTrue(90 < font.getlength(short) <= 112)
 
     def test_letters_that_the_font_lacks(self):
@@ -237,20 +260,6 @@ class TestSheet(unittest.TestCase):
                                             self.sheet(**{place: value("sigma = 5")})))
                 self.assertTrue(torch.equal(self.sheet(**{place: value("日 b")}),
                                             self.sheet(**{place: value("? b")})))
-
-    def test_older_pillow(self):
-        """Before 10.1 load_default took no size, and its font knew Latin-1 only."""
-        font = ImageFont.load_default_imagefont()
-
-        def load_default(*size):
-            if size:
-                raise TypeError("load_default() takes 0 positional arguments but 1 was given")
-            return font
-        with mock.patch.object(ImageFont, "load_default", load_default):
-            self.assertIs(report.load_font(), font)
-            for title in ("De³", "De³, σ = 50"):
-                pixels = self.sheet(title=title, columns=("σ = 0", "é"), captions=("日本", "x" * 99))
-                self.assertGreater(len(pixels.flatten(0, 1).unique(dim=0)), 2)
 
 
 if __name__ == "__main__":

@@ -13,16 +13,16 @@ from torch.utils.data import TensorDataset
 
 import finetune
 import pretrain
-from model import UserError
+from model import UserError, make_classifier
 from support import cli, data, training
-from tests.helpers import (assert_near, assert_refused, finished, new_folder, photo_autoencoder,
-                           photo_flags, run, small_autoencoder, small_classifier)
+from tests.helpers import (assert_near, finished, new_folder, photo_autoencoder, photo_flags, run, saved,
+                           small_autoencoder, small_classifier)
 
 
 def plan(batch_size, max_batch, images):
     """(images of a batch, its micro-batches, steps of an epoch)."""
     dataset = TensorDataset(torch.zeros(images, 1))
-    batches = data.TrainingBatches(dataset, batch_size, max_batch, 0, 0, "cpu")
+    batches = data.TrainingBatches(dataset, batch_size, max_batch, 0, 0, torch.device("cpu"))
     return batches.batch, batches.micro_batches, batches.steps
 
 
@@ -39,16 +39,28 @@ class TestTraining(unittest.TestCase):
         self.assertEqual(training.learning_rate(0, 100, 0, 2.0, 0.5), 2.0)  # no warm-up
 
     def test_warmup_is_a_share_of_the_epochs(self):
-        """--epochs alone is enough; a warm-up as long as the training is refused."""
+        """--epochs alone is enough."""
         flags = {"pretrain": photo_flags(), "finetune": ("--autoencoder", photo_autoencoder())}
-        for script, epochs in (("pretrain", 5), ("finetune", 6)):
-            common = (*flags[script], "--epochs", epochs, "--out", new_folder())
-            result = finished(run(script, *common, "--dry-run"))
-            share = pretrain.RECIPES["tiny"] if script == "pretrain" else finetune.RECIPES["tiny"]
-            warmup = epochs * share["warmup_share"]
-            self.assertIn(f"epochs          {epochs}, {warmup:g} of them warm-up", result.out)
-            refused = run(script, *common, "--warmup-epochs", epochs)
-            assert_refused(refused, (f"{epochs} epochs", "fewer --warmup-epochs"))
+        for script, recipes in (("pretrain", pretrain.RECIPES), ("finetune", finetune.RECIPES)):
+            with mock.patch.object(training, "learning_rate", wraps=training.learning_rate) as schedule:
+                finished(run(script, *flags[script], "--epochs", 2, "--batch-size", 8, "--out", new_folder()))
+            for number, call in enumerate(schedule.call_args_list):
+                step, steps, warmup_steps, *_ = call.args
+                self.assertEqual((step, steps), (number, 6))
+                self.assertAlmostEqual(warmup_steps, 6 * recipes["tiny"]["warmup_share"])
+            self.assertEqual(schedule.call_count, 6)
+
+    def test_plan_is_said(self):
+        """One line at every start: images, steps, batch, peak learning rate, parameters, device."""
+        out = new_folder()
+        flags = ("--epochs", 3, "--batch-size", 10, "--max-batch", 4, "--base-lr", 0.64, "--out", out)
+        result = finished(run("pretrain", *photo_flags(), *flags))
+        millions = sum(value.numel() for value in saved(out)["model"].values()) / 1e6
+        said = ("\n24 images, 6 steps of 9 in 3 epochs, peak lr 0.0225; "
+                f"{millions:.2f} million parameters on 1 x cpu (1 threads)\n")
+        self.assertEqual(result.out.count(said), 1)
+        resumed = finished(run("pretrain", "--out", out, "--resume"))
+        self.assertEqual(resumed.out.count(said), 1)
 
     def test_parameter_groups(self):
         classifier, found = small_classifier(), {}
@@ -98,11 +110,60 @@ class TestTraining(unittest.TestCase):
             with cli.autocast(bf16, torch.device("cpu")):
                 self.assertEqual(product().dtype, expected)
 
-    def apply_recipe(self, recipe, device="cpu", **given):
+    def test_distribute(self):
+        """What trains parameters outside the model, whose gradients nobody averages, is refused."""
+        classifier, autoencoder = small_classifier(), small_autoencoder()
+        optimizer = torch.optim.SGD(classifier.parameters())
+        self.assertIs(training.distribute(classifier, optimizer), classifier)
+        optimizer.add_param_group(dict(params=[autoencoder.decoder_pred.weight]))
+        for model in (classifier, autoencoder):
+            with self.assertRaisesRegex(UserError, "training.distribute does not hold: .* into one module"):
+                training.distribute(model, optimizer)
+        both = nn.ModuleList([classifier, autoencoder])
+        self.assertIs(training.distribute(both, optimizer), both)
+
+    def initialized(self, model, other):
+        """What training.initialize says."""
+        with contextlib.redirect_stdout(io.StringIO()) as out:
+            training.initialize(model, other, "runs/x")
+        return out.getvalue()
+
+    def test_initialize(self):
+        """The weights of the same names; what has none, or a head for other classes, is left and said."""
+        autoencoder, fresh = small_autoencoder(seed=1), small_classifier(seed=2)
+        classifier, other = small_classifier(seed=2), small_classifier(seed=3, num_classes=7)
+        self.assertEqual(self.initialized(classifier, autoencoder),
+                         "weights from runs/x; at their initial value: fc_norm, head\n")
+        given, own, before = autoencoder.state_dict(), classifier.state_dict(), fresh.state_dict()
+        for name, value in own.items():
+            expected = before[name] if name.startswith(("fc_norm", "head")) else given[name]
+            self.assertTrue(torch.equal(value, expected), name)
+        self.assertEqual(self.initialized(classifier, other),
+                         "weights from runs/x; at their initial value: head\n")
+        self.assertTrue(torch.equal(classifier.head.weight, before["head.weight"]))
+        self.assertTrue(torch.equal(classifier.fc_norm.weight, other.fc_norm.weight))
+        self.assertTrue(torch.equal(classifier.blocks[0].attn.qkv.weight, other.blocks[0].attn.qkv.weight))
+        self.assertIn("initial value: none\n", self.initialized(classifier, small_classifier(seed=4)))
+
+    def test_initialize_from_what_does_not_fit(self):
+        """Another kind of network, or one of another width, in a sentence; nothing is taken."""
+        classifier = small_classifier()
+        before = {name: value.clone() for name, value in classifier.state_dict().items()}
+        resnet = make_classifier("resnet18", num_classes=10, mean=(0.5,) * 3, std=(0.2,) * 3)
+        wide = small_classifier(seed=1, embed_dim=32)
+        for other, words in ((resnet, "runs/x has no weights in common"),
+                             (wide, r"cls_token is \[1, 1, 32\] in runs/x and \[1, 1, 16\] here")):
+            with self.assertRaisesRegex(UserError, words):
+                training.initialize(classifier, other, "runs/x")
+        for name, value in classifier.state_dict().items():
+            self.assertTrue(torch.equal(value, before[name]), name)
+
+    def apply_recipe(self, recipe, device="cpu", special="clean", recipes=None, **given):
         """The arguments that a recipe makes of those given."""
-        open_ones = dict.fromkeys(["epochs", "warmup_epochs", "max_batch", "seed", "bf16"])
+        open_ones = dict.fromkeys(["epochs", "max_batch", "seed", "bf16"])
         args = argparse.Namespace(**{**open_ones, "size": "tiny", **given})
-        cli.apply_recipe(args, dict(epochs=10, warmup_share=0.1, **recipe), torch.device(device))
+        whole = dict(epochs=10, warmup_share=0.1, **recipe)
+        cli.apply_recipe(args, {args.size: whole, **(recipes or {})}, special, torch.device(device))
         return args
 
     def test_training_precision(self):
@@ -114,10 +175,26 @@ class TestTraining(unittest.TestCase):
     def test_recipe_fills_in_what_is_open(self):
         """A flag that was given stays; what has no flag shows in the settings, too."""
         args = self.apply_recipe(dict(drop_path=0.2))
-        self.assertEqual((args.epochs, args.warmup_epochs, args.max_batch, args.seed, args.drop_path),
-                         (10, 1, 256, 0, 0.2))
+        self.assertEqual((args.epochs, args.warmup_share, args.max_batch, args.seed, args.drop_path),
+                         (10, 0.1, 256, 0, 0.2))
         args = self.apply_recipe({}, epochs=4, size="huge", seed=7)
-        self.assertEqual((args.epochs, args.warmup_epochs, args.max_batch, args.seed), (4, 0.4, 64, 7))
+        self.assertEqual((args.epochs, args.warmup_share, args.max_batch, args.seed), (4, 0.1, 64, 7))
+
+    def test_special_recipe(self):
+        """That of size and mode where there is one; that another one is used is said, where it may matter."""
+        adversarial = {"small adversarial": dict(epochs=3)}
+        said = "note: there is no recipe for 'tiny adversarial': that of 'tiny' is used\n"
+        for size, special, epochs, note in [
+                ("small", "adversarial", 3, ""), ("small", "clean", 10, ""),  # no size has one for clean
+                ("tiny", "adversarial", 10, said)]:
+            with contextlib.redirect_stdout(io.StringIO()) as out:
+                args = self.apply_recipe({}, special=special, recipes=adversarial, size=size)
+            self.assertEqual((args.epochs, out.getvalue()), (epochs, note))
+        flags = ("--mode", "no-denoise", "--from-scratch", "--epochs", 1, *photo_flags()[:2])
+        for size, falls_back in (("small", True), ("tiny", False)):
+            result = finished(run("finetune", *flags, "--size", size, "--out", new_folder()))
+            note = f"note: there is no recipe for '{size} no-denoise': that of '{size}' is used"
+            self.assertEqual(note in result.out, falls_back)
 
 
 class Terminal(io.StringIO):
@@ -166,18 +243,22 @@ class TestLog(unittest.TestCase):
         """One line that is rewritten, not too often, and removed before a lasting one."""
         with mock.patch("sys.stdout", Terminal()) as out, \
                 mock.patch("time.perf_counter", return_value=1000.0) as now:
-            progress = cli.Progress(every=0.5)
-            progress.show("a long text")
-            progress.show("comes too soon")
-            now.return_value += 1
-            progress.show("short")
+            progress = cli.Progress()
+            now.return_value += 10
+            progress.show("a long text", 1 / 4)
+            progress.show("comes too soon", 1 / 2)
+            now.return_value += 80
+            progress.show("short", 1 / 2)
             progress.clear()
             progress.clear()
-        self.assertEqual(out.getvalue(), "\ra long text" "\rshort      " "\r     \r")
+            now.return_value += 3
+            progress.show("timed anew", 1 / 2)
+        self.assertEqual(out.getvalue().split("\033[K"), [
+            "\ra long text, 0:30 left", "\rshort, 1:30 left", "\r", "\rtimed anew, 0:03 left", ""])
 
     def test_progress_into_a_pipe(self):
         with mock.patch("sys.stdout", io.StringIO()) as out:
-            progress = cli.Progress(every=0)
-            progress.show("half way")
+            progress = cli.Progress()
+            progress.show("half way", 1 / 2)
             progress.clear()
         self.assertEqual(out.getvalue(), "")
