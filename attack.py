@@ -166,8 +166,9 @@ def pgd(model, images, labels, eps, steps, step_size=None, norm="linf", random_s
 
 
 def default_step(eps, steps, norm):
-    """The size of PGD's steps unless it is given."""
-    return WALK.get(norm, 0.0) * eps / steps
+    """The size of PGD's steps unless it is given: a share of the walk, in l2 at most across the ball."""
+    size = WALK.get(norm, 0.0) * eps / steps
+    return min(size, 2 * eps) if norm == "l2" else size
 
 
 def strong_pgd(model, images, labels, eps, steps, step_size=None, norm="linf", restarts=2, eot=1,
@@ -430,6 +431,7 @@ def main(argv=None):
     for cell in cells:
         entry, draws, settings = cell.entry, DRAWS if cell.random else 1, cell.settings
         ball, started = in_units(cell.eps, args.norm), time.perf_counter()
+        base = cell.attack.removesuffix("+eot")
         with cli.autocast(args.bf16, device):
             if entry.name not in clean_of:
                 cli.seed_everything(args.seed)
@@ -440,10 +442,12 @@ def main(argv=None):
             what = dict(
                 level=entry.level, value=entry.value, attack=cell.attack, norm=args.norm, eps=f"{cell.eps:.6g}",
                 steps=settings["steps"], step_size=f"{settings['step_size']:.6g}",
-                restarts=settings["restarts"], eot=settings["eot"], loss="+".join(cell.losses), threat=args.threat, reading="one shot",
-                draws=draws, split=args.split, images=total, pixels=pixels, trained_on=args.trained_on,
+                restarts=settings["restarts"], eot=settings["eot"], loss="+".join(cell.losses),
+                threat=args.threat, reading="one shot", draws=draws, split=args.split, images=total,
+                pixels=pixels, trained_on=args.trained_on,
                 one_answer=one_answer, attack_seed=args.seed, precision="bf16" if args.bf16 else "fp32",
-                weights=run.fingerprint(entry.model), code=run.digest_of_files(CODE))
+                weights=run.fingerprint(entry.model),
+                code=run.digest_of_code_of(CODE, entry.model, ATTACKS[base].function))
             old = report.find_row(measured, what)
             if old:  # by the same code, weights, images and settings
                 robust, seconds = float(old["robust_accuracy"]), "kept"

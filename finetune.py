@@ -59,12 +59,17 @@ def arguments(argv=None):
     add("--sigma", help="noise scale in 8-bit units (0..255), one draw per image: "
         f"{SIGMA_HELP}; default: the data set's, uniform:0,30 in the paper")
     add("--adversarial", type=cli.eps, metavar="EPS", help="adversarial training, linf, as 8/255")
-    add("--from-scratch", action="store_true", default=None, help="random weights instead of the encoder's")
-    add("--init", type=cli.folder, metavar="RUN", help="start from this run's weights instead of the "
-        "encoder's")
+    start = parser.add_mutually_exclusive_group()
+    start.add_argument("--from-scratch", action="store_true", default=None, help="random weights instead of the "
+                       "encoder's")
+    start.add_argument("--init", type=cli.folder, metavar="RUN", help="this run's weights instead of the "
+                       "encoder's")
     add("--arch", choices=CLASSIFIERS, help="what classifies, default vit; others start from random weights")
     add("--data", type=data.dataset_name, help="default: the autoencoder's; give it if that folder has moved")
     args = cli.parse(parser, argv)
+    if args.adversarial is not None and not 0 < args.adversarial <= 1:
+        raise UserError(f"--adversarial {args.adversarial:g} must lie between 0 and the range of the pixels, 1: "
+                        "write 8/255")
     if args.sigma is not None:  # as the run that --resume goes on with says it
         args.sigma = str(NoiseScale.parse(args.sigma))
     return args

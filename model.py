@@ -122,6 +122,14 @@ class NoiseScale:
         return f"{self.law}:{','.join(f'{value:.15g}' for value in self.parameters)}"
 
 
+def warn_of_small_sigma(scale):
+    """Warn of a NoiseScale that seems to be meant as a share of the pixel range."""
+    largest = scale.parameters[-1]
+    if scale.law == "uniform" and 0 < largest < 1:
+        warnings.warn(f"sigma is in 8-bit units (0..255): {largest:g} is next to nothing; where a share of the "
+                      f"pixel range was meant, write {255 * largest:g}", stacklevel=3)
+
+
 def add_noise(images, sigma, noise=None):
     """x + ε·σ/255, not clipped; sigma is a number, or one for each image, [B].
 
@@ -434,7 +442,10 @@ def make_autoencoder(arch="vit", **config):
 
 def resnet18_classifier(num_classes, mean, std, **vit_only):
     """torchvision's ResNet-18 with the normalization inside; what only a ViT has is left out."""
-    return nn.Sequential(Normalize(mean, std), resnet18(num_classes=num_classes))
+    network = resnet18(num_classes=num_classes)
+    if len(mean) != 3:
+        network.conv1 = nn.Conv2d(len(mean), 64, kernel_size=7, stride=2, padding=3, bias=False)
+    return nn.Sequential(Normalize(mean, std), network)
 
 
 CLASSIFIERS = {  # finetune.py --arch: from the config in a checkpoint to a model from images to logits
@@ -532,10 +543,7 @@ class De3(Defense):
         self.sigma, self.noise = NoiseScale.parse(sigma), noise
         if noise is not None and self.sigma.fixed is None:
             raise UserError("a given noise needs a fixed sigma")
-        largest = self.sigma.parameters[-1]
-        if self.sigma.law == "uniform" and 0 < largest < 1:
-            warnings.warn(f"sigma is in 8-bit units (0..255): {largest:g} is next to nothing; where a share "
-                          f"of the pixel range was meant, write {255 * largest:g}", stacklevel=2)
+        warn_of_small_sigma(self.sigma)
 
     @property
     def is_random(self):
@@ -583,9 +591,12 @@ class MaskAndFill(Defense):
 
     def __init__(self, autoencoder, classifier, mask_ratio, **settings):
         super().__init__(autoencoder, classifier, **settings)
-        self.mask_ratio = NoiseScale.parse(mask_ratio)
-        if self.mask_ratio.law != "uniform" or self.mask_ratio.parameters[1] >= 1:
-            raise UserError(f"mask_ratio must be in [0, 1), not {mask_ratio}")
+        try:
+            self.mask_ratio = NoiseScale.parse(mask_ratio)
+        except UserError:
+            self.mask_ratio = None
+        if self.mask_ratio is None or self.mask_ratio.law != "uniform" or self.mask_ratio.parameters[1] >= 1:
+            raise UserError(f"mask_ratio must be in [0, 1), or uniform:LOW,HIGH in it, not {mask_ratio}")
 
     @property
     def level(self):

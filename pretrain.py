@@ -15,7 +15,8 @@ from pathlib import Path
 
 import torch
 
-from model import AUTOENCODERS, SIGMA_HELP, SIZES, De3, MaskAndPaste, NoiseScale, add_noise, make_autoencoder
+from model import (AUTOENCODERS, SIGMA_HELP, SIZES, De3, MaskAndPaste, NoiseScale, add_noise, make_autoencoder,
+                   warn_of_small_sigma)
 from support import cli, data, report, run, training
 
 PAPER = dict(epochs=800, batch_size=4096, base_lr=1.5e-4, warmup_share=0.05, weight_decay=0.05,
@@ -59,7 +60,9 @@ def settle(args, dataset, device):
     if args.task == "mim":
         cli.refuse(args, ["sigma"], "in MIM")
     else:
-        args.sigma = str(NoiseScale.parse(args.sigma or dataset.pretrain_sigma))
+        sigma = NoiseScale.parse(args.sigma or dataset.pretrain_sigma)
+        warn_of_small_sigma(sigma)
+        args.sigma = str(sigma)
     if args.norm_pix is None:
         args.norm_pix = SIZES[args.size].get("patch_size", 0) >= NORM_PIX_FROM
 

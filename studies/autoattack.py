@@ -106,8 +106,8 @@ def main(argv=None):
             pixels=data.digest(images, labels), attack_seed=args.seed, draws=draws,
             autoattack_on_fresh_draws=f"{fresh:.2f}",
             autoattack_own_count=f"{counted:.2f}", pgd=f"{of_pgd:.2f}", steps=args.steps, eot=args.eot,
-            seconds=f"{seconds:.1f}", weights=run.fingerprint(entry.model), code=run.digest_of_files(CODE),
-            commit=run.commit()))
+            seconds=f"{seconds:.1f}", weights=run.fingerprint(entry.model),
+            code=run.digest_of_code_of(CODE, entry.model), commit=run.commit()))
         print(f"{entry.name}: {len(images)} {args.split} images, {args.norm} {in_units(eps, args.norm)}: "
               f"AutoAttack {version} leaves {fresh:.1f}% on fresh draws, {counted:.1f}% by its own count; "
               f"PGD-{args.steps} {of_pgd:.1f}%; {cli.minutes(seconds)} minutes", flush=True)

@@ -175,7 +175,7 @@ def main(argv=None):
         origin = dict(run=entry.folder, defense=entry.name, level=entry.level, n0=args.n0, data=args.data,
                       split=args.split, images=len(images), pixels=pixels, attack_seed=args.seed,
                       precision="bf16" if args.bf16 else "fp32", weights=run.fingerprint(entry.defense),
-                      code=run.digest_of_files(CODE), commit=run.commit())
+                      code=run.digest_of_code_of(CODE, entry.defense), commit=run.commit())
         rows = []
 
         def certify_one(x, y):

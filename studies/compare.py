@@ -215,7 +215,8 @@ def main(argv=None):
                    data=args.data, split=args.split, images=len(images), every=args.every, pixels=pixels,
                    norm="linf", eps=f"{eps:.6g}", l2_radius=f"{args.l2:g}", steps=args.steps, eot=args.eot,
                    attack_seed=args.seed, precision="bf16" if args.bf16 else "fp32",
-                   weights=run.fingerprint(entry.model), code=run.digest_of_files(CODE), commit=run.commit())
+                   weights=run.fingerprint(entry.model), code=run.digest_of_code_of(CODE, entry.model),
+                   commit=run.commit())
         row = {name: report.as_text(value) for name, value in row.items()}
         cell = {name: value for name, value in row.items() if name not in NOT_MEASURED}
         old = report.find_row(measured, cell)

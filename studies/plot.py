@@ -27,7 +27,8 @@ KINDS = {  # how a defense's name begins: its color (Okabe and Ito's), marker; w
         "U(50": ("#009e73", "D"),
     "De³ with a linear filter": ("#56b4e9", "*"), "De³, adversarially": ("#e69f00", "P"),
 }
-LEFT_OUT = ("MIM", "De³ off the shelf", "noise off the shelf", "De³, pretrained on σ", "De³, trained as long")
+LEFT_OUT = ("MIM", "De³ off the shelf", "noise off the shelf", "De³, pretrained on σ", "De³, trained as long",
+            "De³ with a blur", "De³ with a linear filter, from scratch")
 READINGS = ("one_shot", "ten_tries", "noise_known")
 RUNGS = {"gray_box": "only the classifier\n(gray-box)", "no_eot": "the whole defense,\none draw a step",
          "one_shot": "its average\n(EOT, one shot)", "noise_known": "the noise"}

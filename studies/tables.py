@@ -11,8 +11,9 @@ class Entry(NamedTuple):
     """A defense of the comparison; a new one is a line here.
 
     run: the folder of its classifier, and flags: what finetune.py makes it with (@ is the folder of its
-    seed); autoencoder: the folder of the run that holds what denoises, or starts it. defenses: what it is tested behind, as in
-    attack.py's --defense. in_front: a pretraining run put in front of a classifier that has none.
+    seed); autoencoder: the folder of the run that holds what denoises, or starts it. defenses: what it is
+    tested behind, as in attack.py's --defense. in_front: a pretraining run put in front of a classifier
+    that has none.
     """
     name: str
     run: str
@@ -103,22 +104,27 @@ def missing_commands(table, chosen, at, seeds, dataset):
         here = folder_of(at, seed)
         common = "" if dataset == "digits" else f" --data {shlex.quote(dataset)}"
         common += f" --seed {seed}" if seed else ""
+
+        def need(name):
+            """Add what makes this folder, and before it what that needs."""
+            folder = here / name
+            if (folder / "checkpoint.pt").exists():
+                return
+            if name in table.pretraining:
+                commands[f"python {table.pretraining[name]}{common} --out {shlex.quote(str(folder))}"] = None
+                return
+            line = next(line for line in table.entries if line.run == name)
+            need(line.autoencoder)
+            if "--init @/" in line.flags:
+                need(line.flags.partition("--init @/")[2].split()[0])
+            pretrained, flags = shlex.quote(str(here / line.autoencoder)), line.flags
+            flags = flags.replace("@", shlex.quote(str(here)))
+            commands[f"python finetune.py --autoencoder {pretrained} {flags} "
+                     f"--out {shlex.quote(str(folder))}"] = None
         for entry in chosen:
-            trained = here / entry.run
-            is_trained = (trained / "checkpoint.pt").exists()
-            needed = [] if is_trained else [entry.autoencoder]  # a trained run holds all it needs
+            need(entry.run)
             if entry.in_front:
-                needed.append(entry.in_front)
-            if "--init @/" in entry.flags and not is_trained:
-                needed.append("nim")
-            for name in needed:
-                if not (here / name / "checkpoint.pt").exists():
-                    commands[f"python {table.pretraining[name]}{common} --out {shlex.quote(str(here / name))}"] = None
-            if not is_trained:
-                pretrained = shlex.quote(str(here / entry.autoencoder))
-                flags = entry.flags.replace("@", shlex.quote(str(here)))
-                commands[f"python finetune.py --autoencoder {pretrained} {flags} "
-                         f"--out {shlex.quote(str(trained))}"] = None
+                need(entry.in_front)
     return [command.replace("  ", " ") for command in commands]
 
 

@@ -96,6 +96,15 @@ def digest_of_files(names):
     return hashlib.sha256(repr(digests).encode()).hexdigest()[:12]
 
 
+def digest_of_code_of(files, model, *functions):
+    """One digest of these files and of the project's files that hold the classes of a model, and functions."""
+    modules = {kind.__module__ for part in model.modules() for kind in type(part).__mro__}
+    modules |= {function.__module__ for function in functions}
+    paths = [Path(getattr(sys.modules.get(name), "__file__", None) or "") for name in modules]
+    own = {path.relative_to(REPOSITORY).as_posix() for path in paths if path.is_relative_to(REPOSITORY)}
+    return digest_of_files({*files, *own})
+
+
 def origin(command, files):
     """What a result comes from: the command, torch, the commit, digests of the code that decides it."""
     return dict(command=command, torch=str(torch.__version__), commit=commit(),
@@ -365,8 +374,11 @@ def check(folder, whole, probe):
     for model in (whole, build_whole(read(folder), probe.device)):
         model.eval()
         with torch.no_grad(), cli.repeated_draws(seed=0):
-            is_autoencoder = hasattr(model, "reconstruct")
-            answers.append(model.reconstruct(probe, probe) if is_autoencoder else model(probe))
+            if hasattr(model, "reconstruct"):  # an autoencoder
+                answers.append(model.reconstruct(probe, probe))
+            else:  # a classifier that knows nothing yet answers alike behind any defense
+                purified = model.purify(probe) if isinstance(model, Defense) else probe
+                answers.append(torch.cat([model(probe).flatten(), purified.flatten()]))
     if not torch.allclose(*answers, rtol=1e-3, atol=1e-4):
         raise UserError(f"{folder}/checkpoint.pt does not hold the model that was trained: what it makes "
                         f"answers differently by up to {(answers[0] - answers[1]).abs().max():.3g}. Give "

@@ -80,9 +80,9 @@ def check_task(name, autoencoder, pretraining, folder):
     if needed and autoencoder is None:
         raise UserError(f"{folder} holds no autoencoder for {title}: give one with --autoencoder RUN")
     if needed and pretraining["task"] != needed:
-        raise UserError(f"{title} needs an autoencoder that was pretrained for {needed.upper()}, and that of "
-                        f"{folder} was pretrained for {pretraining['task'].upper()}: give another with "
-                        "--autoencoder RUN")
+        raise UserError(f"{title} needs an autoencoder that was pretrained for {needed.upper()}, and the one "
+                        f"in front of {folder} was pretrained for {pretraining['task'].upper()}: give another "
+                        "with --autoencoder RUN")
 
 
 def put_in_front(folder, classifier, checkpoint, autoencoder, pretraining, name, level, votes=1):

@@ -77,7 +77,7 @@ def crop_and_flip(images, padding=4):
 def seed_epoch(seed, epoch):
     """All randomness of an epoch follows from (seed, epoch), so a resumed run repeats it exactly.
 
-    Each process draws its own noise; the order of the images is data.TrainingOrder's.
+    Each process draws its own noise; the order of the images is data.TrainingBatches'.
     """
     cli.seed_everything((seed * 1_000_003 + epoch + 1) * 1_009)
 
