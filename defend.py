@@ -2,15 +2,16 @@
 
     python defend.py                          accuracy and PSNR over sigma, and defend.png
     python defend.py runs/digits/de3 --sigma 0 25 50 75 100 --votes 5
-    python defend.py assets/cifar10/de3 --photos photo.jpg other.jpg        label and confidence
+    python defend.py assets/cifar10/de3 --photos photo.jpg FOLDER           the likeliest classes
 
 Results go into the folder in which the first run lies: defend.png shows a few test images, under PGD
 without the defense and under PGD with EOT through it, then what the defense makes of them step by
-step. Under each stands the answer, at the left who gives it; wrong answers are red. Purified
-photographs go to purified/ there. Your own images should look like the data set's: the digits are
-bright on dark. Next: attack.py.
+step. Under each stands the answer, at the left who gives it; wrong answers are red. Of photographs the
+answers and what the classifier saw go to photos/ in the current folder. Your own images should look like
+the data set's: the digits are bright on dark. Next: attack.py.
 """
 
+import csv
 import time
 from pathlib import Path
 
@@ -18,17 +19,18 @@ import torch
 from torchvision.utils import save_image
 
 from attack import accuracy, in_batches, needs_eot, percent, pgd, say_one_answer
+from model import UserError
 from support import cli, data, report, tested
 
-PICTURED = 8  # test images in defend.png
+PICTURED, LIKELY = 8, 5  # test images in defend.png; classes that are named for a photograph
 
 
 def arguments(argv=None):
     parser = cli.stage_parser("python defend.py", __doc__)
     tested.evaluation_flags(parser, images=1000)
     add = parser.add_argument
-    add("--photos", nargs="+", type=cli.folder, metavar="FILE", help="image files to purify and classify, "
-        "instead of test images")
+    add("--photos", nargs="+", type=cli.folder, metavar="PATH", help="image files, and folders of them, to "
+        "purify and classify instead of test images")
     add("--votes", type=cli.count, default=1, help="draws of the noise that the defense averages, default 1")
     add("--eps", type=cli.eps, help="of the attack in defend.png, in [0, 1] units; default 16/255 (color "
         "4/255)")
@@ -41,30 +43,83 @@ def arguments(argv=None):
     return args
 
 
+def find_photos(paths):
+    """The image files among these paths and in the folders among them, at any depth; UserError for none."""
+    files = []
+    for path in paths:
+        if path.is_dir():
+            files += sorted(file for file in path.rglob("*") if data.is_image(file, path))
+        else:
+            files.append(path)
+    if not files:
+        raise UserError(f"there is no image in {', '.join(map(str, paths))} ({', '.join(data.FORMATS)} are "
+                        "read)")
+    return files
+
+
 @torch.no_grad()
-def purify_photos(args, entries, device):
-    """Label and confidence of each file under each defense; purified images are written."""
-    folder = args.out / "purified"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        print(f"note: purified images are not kept ({error}): name a folder with --out")
-        folder = None
+def classify_photos(args, entries, folder, device):
+    """The likeliest classes of each photograph under each defense, on the screen and in predictions.csv.
+
+    Purified images are written beside it. Photographs in folders that are named as classes are counted: see
+    print_confusion.
+    """
+    classes = entries[0].checkpoint["classes"]
     image_size = entries[0].checkpoint["config"]["image_size"]
-    photos = [(path, data.to_size(data.read_image(path), image_size)) for path in args.photos]
-    for path, pixels in photos:
-        image = data.as_floats(pixels)[None].to(device)
+    try:
+        (folder / "purified").mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        print(f"note: nothing is kept ({error}): name a folder with --out")
+        folder = None
+    rows, problems = [], []
+    for number, path in enumerate(find_photos(args.photos), start=1):
+        try:
+            image = data.as_floats(data.to_size(data.read_image(path), image_size))[None].to(device)
+        except UserError as error:
+            problems.append(error)
+            continue
         for entry in entries:
             cli.seed_everything(args.seed)
-            confidence, label = entry.model(image).float().softmax(1)[0].max(0)
-            print(f"{path}  {entry.name}: {entry.checkpoint['classes'][label]} ({100 * confidence:.1f}%)")
+            probabilities = entry.model(image).float().softmax(1)[0]
+            shares, labels = probabilities.topk(min(LIKELY, len(classes)))
+            answers = [f"{classes[label]} {100 * share:.1f}%" for share, label in zip(shares.tolist(), labels)]
+            print(f"{path}  {entry.name}: {', '.join(answers[:3])}")
+            rows.append(dict(photo=path, folder=path.resolve().parent.name, defense=entry.name,
+                             answer=classes[labels[0]], likely="; ".join(answers)))
             if entry.defense is not None and folder:
                 cli.seed_everything(args.seed)  # the picture shows the draw that was classified
                 level = entry.level.replace("σ = ", "sigma").replace(" ", "")
-                parts = [path.resolve().parent.name, path.stem, Path(entry.folder).name, level]
-                save_image(entry.defense.purify(image), folder / f"{'_'.join(parts)}.png")
+                name = f"{number:04}_{path.stem}_{Path(entry.folder).name}_{level}.png"
+                save_image(entry.defense.purify(image), folder / "purified" / name)
+    if not rows:
+        raise problems[0]
+    for problem in problems:
+        print(f"note: {problem}")
+    for entry in entries:
+        print_confusion(entry.name, classes, [row for row in rows if row["defense"] == entry.name])
     if folder:
-        print(f"purified images are in {folder}/")
+        path = folder / "predictions.csv"
+        with open(path, "w", newline="", encoding="utf-8", errors=report.UNREADABLE) as file:
+            table = csv.DictWriter(file, list(rows[0]))
+            table.writeheader()
+            table.writerows(rows)
+        print(f"predictions.csv and what the classifier saw (purified/) are in {folder}/")
+
+
+def print_confusion(name, classes, rows):
+    """Accuracy, and how often each class was taken for which, of photographs whose folder names their class."""
+    known = [row for row in rows if row["folder"] in classes]
+    if not known:
+        return
+    right = sum(row["folder"] == row["answer"] for row in known)
+    print(f"\n{name}: {100 * right / len(known):.1f}% of {len(known)} photographs in folders named as classes\n"
+          "rows: the folder; columns: the answer")
+    shown = [one for one in classes if any(one in (row["folder"], row["answer"]) for row in known)]
+    width = max(map(len, shown))
+    print(" " * width + "".join(f"  {one[:6]:>6}" for one in shown))
+    for one in shown:
+        counts = [sum((row["folder"], row["answer"]) == (one, other) for row in known) for other in shown]
+        print(f"{one:{width}}" + "".join(f"  {count:6}" for count in counts))
 
 
 def print_clean_accuracy(args, entries, images, labels, classes):
@@ -115,11 +170,12 @@ def draw_defense(path, args, eps, undefended, defense, images, labels, classes):
 def main(argv=None):
     args = arguments(argv)
     device = cli.open_device(args.device)
+    photos_folder = args.out or Path("photos")
     entries = tested.load_entries(args, device, args.votes)
     with cli.autocast(args.bf16, device):
         if args.photos:
             if cli.rank() == 0:
-                purify_photos(args, entries, device)
+                classify_photos(args, entries, photos_folder, device)
             return
         images, labels, classes = tested.load_test_images(args, entries, device)
         print_clean_accuracy(args, entries, images, labels, classes)

@@ -15,8 +15,10 @@ is not measured again, so a comparison that was cut short goes on. The attacker 
     noise known    one noise for all images, fixed and known to the attacker (arXiv 2404.14309), who
                    needs no EOT: PGD of twice the steps, the mean of 3 noises; not for masking
 
-Where nothing is random the last four are one. "worst" is the lowest of the last three; "l2" and "l2
-twice" are PGD in L2 with EOT, at --l2 and twice that radius: the threat that nobody trained for.
+Where nothing is random the last four are one, and the strongest of many runs of PGD (strong_pgd in
+attack.py: cross-entropy, margin, margin towards each other class, two starts). "worst" is the lowest of the
+last three; "l2" and "l2 twice" are the same attacks in L2, at --l2 and twice that radius: the threat that
+nobody trained for; "clean ten tries" and "clean noise known" are those readings without an attack.
 Clean and gray-box accuracy are read on all images, and so is everything where nothing is random; the
 other readings of a random defense on color on every fourth of these images.
 """
@@ -28,7 +30,7 @@ from statistics import mean, stdev
 
 import torch
 
-from attack import accuracy, in_batches, needs_eot, pgd
+from attack import accuracy, in_batches, needs_eot, pgd, strong_pgd
 from model import UserError
 from studies.certify import draws_gaussian_noise_once
 from studies.tables import TABLES, choose, folder_of, missing_commands, say_other_recipe
@@ -82,9 +84,16 @@ def measure(model, images, labels, eps, l2, steps, eot, seed, batch, every=1, sh
     some, some_labels = images[::every if random else 1], labels[::every if random else 1]
     result = {}
 
-    def attacked(x, y, attacked_model=model, radius=eps, **more):
+    def attacked(x, y, attacked_model=model, **more):
         """Adversarial images for all of x: PGD in batches."""
-        return in_batches(lambda a, b: pgd(attacked_model, a, b, radius, **{**settings, **more}), x, y, batch)
+        changed = {"eps": eps, **settings, **more}
+        return in_batches(lambda a, b: pgd(attacked_model, a, b, **changed), x, y, batch)
+
+    def attacked_through(x, y, **more):
+        """The strongest white-box attack: with EOT where the model is random, else many runs of PGD."""
+        if random:
+            return attacked(x, y, eot=draws, **more)
+        return in_batches(lambda a, b: strong_pgd(model, a, b, **{"eps": eps, **settings, **more}), x, y, batch)
 
     def read(name, x, y, tries_name=None):
         """Measure how many of these images are right on fresh draws; also in all of ten tries."""
@@ -99,14 +108,14 @@ def measure(model, images, labels, eps, l2, steps, eot, seed, batch, every=1, sh
         adversarial = attacked(images, labels, model.classifier, early_stop=False)
         read("gray_box", adversarial, labels)
     show("PGD with EOT")
-    read("one_shot", attacked(some, some_labels, eot=draws), some_labels, "ten_tries")
+    read("one_shot", attacked_through(some, some_labels), some_labels, "ten_tries")
     if random:
         show("PGD without EOT")
         read("no_eot", attacked(some, some_labels), some_labels)
     for name, radius in (("l2", l2), ("l2_twice", 2 * l2)):
         if radius:
             show(f"PGD in L2, radius {radius:g}")
-            read(name, attacked(some, some_labels, radius=radius, norm="l2", eot=draws), some_labels)
+            read(name, attacked_through(some, some_labels, eps=radius, norm="l2"), some_labels)
     if knows_noise:
         show("PGD that knows the noise")
         clean, robust = [], []

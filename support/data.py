@@ -129,6 +129,16 @@ def open_cifar10(split, image_size):
     return part
 
 
+def is_hidden(path, root):
+    """Whether systems rather than people made this file below root, or a folder that it lies in."""
+    return any(part.startswith(HIDDEN) for part in Path(path).relative_to(root).parts)
+
+
+def is_image(path, root):
+    """Whether a file below root has the ending of an image, and is not hidden."""
+    return Path(path).suffix.lower() in EXTENSIONS and not is_hidden(path, root)
+
+
 class Images(datasets.ImageFolder):
     """torchvision's ImageFolder without what systems add to folders; folders that are numbers count.
 
@@ -137,7 +147,7 @@ class Images(datasets.ImageFolder):
 
     def __init__(self, folder):
         self.left_out = set()
-        super().__init__(folder, loader=read_image, is_valid_file=self.is_image)
+        super().__init__(folder, loader=read_image, is_valid_file=self.is_valid)
         folders = {os.path.dirname(path) for path, _ in self.samples}
         real = {folder: os.path.realpath(folder) for folder in folders}
         by_file = {}
@@ -148,13 +158,11 @@ class Images(datasets.ImageFolder):
         self.targets = [label for _, label in self.samples]
         self.classes = [unicodedata.normalize("NFC", name) for name in self.classes]  # Macs write NFD
 
-    def is_image(self, path):
-        if any(part.startswith(HIDDEN) for part in Path(path).relative_to(self.root).parts):
-            return False
-        ending = Path(path).suffix.lower()
-        if ending not in EXTENSIONS:
-            self.left_out.add(ending or "(no ending)")
-        return ending in EXTENSIONS
+    def is_valid(self, path):
+        visible = not is_hidden(path, self.root)
+        if visible and not is_image(path, self.root):
+            self.left_out.add(Path(path).suffix.lower() or "(no ending)")
+        return is_image(path, self.root)
 
     def find_classes(self, directory):
         names = [entry.name for entry in os.scandir(directory)

@@ -344,10 +344,13 @@ class TestReadings(unittest.TestCase):
         model, (images, labels) = linear_on_digits()
         for sigma, expected in ((20, 3), (0, 9)):
             defense = De3(small_autoencoder(image_size=32).eval(), model, sigma)
-            with mock.patch.object(compare, "pgd", wraps=compare.pgd) as attacks:
+            with mock.patch.object(compare, "pgd", wraps=compare.pgd) as attacks, \
+                    mock.patch.object(compare, "strong_pgd", wraps=compare.strong_pgd) as strong_attacks:
                 compare.measure(defense, images[:9], labels[:9], 0.05, 1, 5, 2, 0, batch=9, every=3)
-            seen = {call.args[0] is model: set() for call in attacks.call_args_list}
-            for call in attacks.call_args_list:
+            self.assertEqual(len(strong_attacks.call_args_list), 0 if sigma else 3)  # and twice in L2
+            calls = attacks.call_args_list + strong_attacks.call_args_list
+            seen = {call.args[0] is model: set() for call in calls}
+            for call in calls:
                 seen[call.args[0] is model].add(len(call.args[1]))
             self.assertEqual(seen, {True: {9}, False: {expected}})
 

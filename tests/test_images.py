@@ -4,6 +4,7 @@ import contextlib
 import io
 import os
 import re
+import shutil
 import struct
 import unittest
 import warnings
@@ -17,7 +18,7 @@ from model import De3, UserError
 from support import cli, data
 from support import run as run_module
 from tests.helpers import (assert_refused, copy_of_photos, finished, new_folder, photo_classifier,
-                           photo_flags, photos, run, training)
+                           photo_flags, photos, read_csv, run, training)
 
 BYTES_NAME = os.fsdecode(b"caf\xe9")  # not UTF-8
 
@@ -260,7 +261,8 @@ class TestNames(unittest.TestCase):
         finished(run("pretrain", *photo_flags(folder), *training(), "--out", out / "nim"))
         finished(run("finetune", "--autoencoder", out / "nim", *training(), "--workers", 0))
         photo = folder / "val" / BYTES_NAME / "0.png"
-        argv = ["defend.py", str(out / "de3"), "--sigma", "0", "--device", "cpu", "--photos", str(photo)]
+        argv = ["defend.py", str(out / "de3"), "--sigma", "0", "--device", "cpu", "--photos", str(photo),
+                "--out", str(out)]
         with contextlib.redirect_stdout(io.TextIOWrapper(io.BytesIO(), "ascii")) as terminal, \
                 mock.patch("sys.argv", argv), warnings.catch_warnings(action="ignore"):
             cli.run_script(defend.main)
@@ -278,7 +280,7 @@ class TestNames(unittest.TestCase):
         path.write_bytes((photos() / "val/red/0.png").read_bytes())
         result = finished(run("defend", photo_classifier(), "--photos", path, "--sigma", 0, "--out", out))
         self.assertIn("de3, σ = 0: ", result.out)
-        written = os.fsencode(path.parent.name) + b"_caf\xe9_de3_sigma0.png"
+        written = b"0001_caf\xe9_de3_sigma0.png"
         self.assertEqual(os.listdir(os.fsencode(out / "purified")), [written])
 
 
@@ -293,36 +295,61 @@ class TestPhotographs(unittest.TestCase):
         return finished(run("defend", photo_classifier(), "--photos", *names, "--sigma", 0, "--out", out))
 
     def test_two_of_one_name(self):
-        """Of two folders, in two commands or in one: both are kept; the same one is not doubled."""
+        """Of two folders: both are kept, and each is its own picture."""
         red, blue = photos() / "val/red/0.png", photos() / "val/blue/0.png"
         alone = []
-        for photo in (blue, red):
+        for photo in (red, blue):
             out = new_folder()
             self.defend(photo, out=out)
-            self.assertEqual(list(self.purified(out)), [f"{photo.parent.name}_0_de3_sigma0.png"])
+            self.assertEqual(list(self.purified(out)), ["0001_0_de3_sigma0.png"])
             alone += self.purified(out).values()
         self.assertFalse(np.array_equal(*alone))
-        for commands in ([[red], [blue], [red], [blue]], [[red, blue]], [[red, blue, red]]):
-            out = new_folder()
-            for names in commands:
-                self.defend(*names, out=out)
-            found = self.purified(out)
-            self.assertEqual(list(found), ["blue_0_de3_sigma0.png", "red_0_de3_sigma0.png"])
-            for written, expected in zip(found.values(), alone):
-                np.testing.assert_array_equal(written, expected)
+        out = new_folder()
+        self.defend(red, blue, out=out)
+        found = self.purified(out)
+        self.assertEqual(list(found), ["0001_0_de3_sigma0.png", "0002_0_de3_sigma0.png"])
+        for written, expected in zip(found.values(), alone):
+            np.testing.assert_array_equal(written, expected)
 
     def test_answers(self):
-        """Label and confidence of each photograph with each defense; one purified picture of each."""
+        """The likeliest classes of each photograph with each defense; one purified picture of each."""
         out, names = new_folder(), [photos() / "val/red/0.png", photos() / "val/blue/1.png"]
         result = finished(run("defend", photo_classifier("clean"), photo_classifier(), "--photos", *names,
                               "--sigma", "off", 0, 50, "--out", out))
         for name in names:
             for words in ("clean", "de3, off", "de3, σ = 0", "de3, σ = 50"):
-                answers = re.findall(rf"^{name}  {words}: (red|green|blue) \([\d.]+%\)$", result.out, re.M)
-                self.assertEqual(len(answers), 1, words)
+                answer = r"(red|green|blue) [\d.]+%"
+                answers = re.findall(rf"^{name}  {words}: {answer}, {answer}, {answer}$", result.out, re.M)
+                self.assertEqual([len(set(answer)) for answer in answers], [3], words)
         self.assertEqual(list(self.purified(out)), [
-            "blue_1_de3_sigma0.png", "blue_1_de3_sigma50.png",
-            "red_0_de3_sigma0.png", "red_0_de3_sigma50.png"])
+            "0001_0_de3_sigma0.png", "0001_0_de3_sigma50.png",
+            "0002_1_de3_sigma0.png", "0002_1_de3_sigma50.png"])
+        rows = read_csv(out / "predictions.csv")
+        self.assertEqual([row["photo"] for row in rows], [str(name) for name in names for _ in range(4)])
+        self.assertTrue(all(row["likely"].startswith(row["answer"]) for row in rows))
+
+    def test_folder(self):
+        """Every image in it; class folders give an accuracy and a confusion matrix; odd files are named."""
+        folder, out = new_folder() / "mine", new_folder()
+        shutil.copytree(photos() / "val", folder)
+        (folder / "red" / "notes.txt").write_text("no image")
+        (folder / "red" / "broken.jpg").write_text("no image")
+        result = self.defend(folder, out=out)
+        rows = read_csv(out / "predictions.csv")
+        self.assertEqual(len(rows), 24)
+        right = sum(row["folder"] == row["answer"] for row in rows)
+        self.assertIn(f"{100 * right / 24:.1f}% of 24 photographs", result.out)
+        self.assertIn(f"cannot read image {folder}/red/broken.jpg", result.out)
+        counts = re.findall(r"^(?:blue|green|red) +(\d+) +(\d+) +(\d+)$", result.out, re.M)
+        self.assertEqual(sum(int(count) for row in counts for count in row), 24)
+        self.assertEqual(sum(int(row[i]) for i, row in enumerate(counts)), right)
+
+    def test_out(self):
+        """In the current folder, never beside bundled weights."""
+        here = new_folder()
+        with contextlib.chdir(here):
+            finished(run("defend", photo_classifier(), "--photos", photos() / "val/red/0.png", "--sigma", 0))
+        self.assertTrue((here / "photos" / "predictions.csv").exists())
 
     def test_purified_picture(self):
         """What the classifier saw, in the draw that was classified."""
@@ -331,13 +358,13 @@ class TestPhotographs(unittest.TestCase):
         checkpoint = run_module.read(photo_classifier())
         image = data.as_floats(data.to_size(data.read_image(photos() / "val/red/0.png"), 32))[None]
         expected = De3(run_module.build(checkpoint["autoencoder"]), None, 0).purify(image)
-        found = self.purified(out)["red_0_de3_sigma0.png"].transpose(2, 0, 1) / 255
+        found = self.purified(out)["0001_0_de3_sigma0.png"].transpose(2, 0, 1) / 255
         np.testing.assert_allclose(found, expected[0].numpy(), atol=1 / 255)
 
-    def test_folder_of_photographs(self):
-        """Is no photograph, and is named; what changes nothing for photographs is refused."""
-        folder = photos() / "val/red"
-        assert_refused(run("defend", photo_classifier(), "--photos", folder), (folder, "a directory"))
+    def test_refused(self):
+        """What changes nothing for photographs; a folder without any."""
+        folder, empty = photos() / "val/red", new_folder()
+        assert_refused(run("defend", photo_classifier(), "--photos", empty), (empty, "no image"))
         for flag, value in (("--eps", 0.1), ("--steps", 2), ("--eot", 2), ("--split", "val")):
             refused = run("defend", photo_classifier(), flag, value, "--photos", folder / "0.png")
             assert_refused(refused, (flag, "for photos"))
