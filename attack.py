@@ -261,6 +261,7 @@ def in_batches(function, images, labels, size, show=lambda done: None):
 
 def accuracy(model, images, labels, draws=1):
     """Share of correct predictions of each image over fresh draws of the model: [B]."""
+    check_images(images)
     with torch.no_grad():
         return torch.stack([(model(images).argmax(1) == labels).float() for _ in range(draws)]).mean(0)
 

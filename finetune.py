@@ -180,6 +180,7 @@ def main(argv=None):
                                                   data.HELDOUT_IMAGES)
     heldout, heldout_labels = data.as_floats(heldout).to(device), heldout_labels.to(device)
     augment, mix = choose_augmentation(args, train, dataset, config)
+    training.check_augmentation(augment, heldout[:8])
     batches = data.TrainingBatches(train, args.batch_size, args.max_batch, args.seed, args.workers, device)
     if args.arch != "vit" and batches.at_once < 2:
         raise UserError("batch norm needs at least 2 images at once: give a larger --batch-size or "
@@ -256,8 +257,9 @@ def main(argv=None):
         checkpoint["epoch"] = epoch + 1
         run.save(args.out, checkpoint, defended, heldout[:8], model=classifier, optimizer=optimizer)
 
-    # what it reached
-    defended.eval()
+    # what it reached, measured on what the folder holds
+    training.check_processes(defended)
+    defended = run.build_whole(run.read(args.out), device)
     cli.seed_everything(args.seed)
     heldout, heldout_labels = tested.own_share(heldout, heldout_labels)
     correct = percent(in_batches(lambda x, y: accuracy(defended, x, y), heldout, heldout_labels,

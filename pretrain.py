@@ -71,7 +71,7 @@ def settle(args, dataset, device):
 def show_result(path, autoencoder, task, images, seed):
     """PSNR of the denoised (or filled-in) images, as a table, and one image as a picture."""
     kind, levels = (De3, SIGMAS) if task == "nim" else (MaskAndPaste, MASK_RATIOS)
-    defenses = [kind(autoencoder.eval(), None, level) for level in levels]
+    defenses = [kind(autoencoder, None, level) for level in levels]
     nothing, pictured, worse = [""] * len(levels), {}, []
     print("\nPSNR in dB: more is better")
     for defense in defenses:
@@ -122,6 +122,7 @@ def main(argv=None):
     heldout, _, _ = data.load_images(args.data, "val", image_size, train.classes, data.HELDOUT_IMAGES)
     heldout = data.as_floats(heldout).to(device)
     augment = dataset.pretrain_augment if data.in_memory(train) else None  # photographs: as they are loaded
+    training.check_augmentation(augment, heldout[:8])
     batches = data.TrainingBatches(train, args.batch_size, args.max_batch, args.seed, args.workers, device)
 
     # the model, new or as the run left it
@@ -170,8 +171,10 @@ def main(argv=None):
         checkpoint["epoch"] = epoch + 1
         run.save(args.out, checkpoint, autoencoder, heldout[:8], model=autoencoder, optimizer=optimizer)
 
-    # what it reached
+    # what it reached, shown of what the folder holds
+    training.check_processes(autoencoder)
     if cli.rank() == 0:
+        autoencoder = run.build(run.read(args.out), device)
         show_result(args.out / "pretrain.png", autoencoder, args.task, heldout, args.seed)
     print(f"the run is in {args.out}; next: python finetune.py --autoencoder {args.out}")
 

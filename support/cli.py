@@ -111,6 +111,9 @@ def apply_recipe(args, recipes, special, device):
         if any(other.endswith(f" {special}") for other in recipes):
             print(f"note: there is no recipe for {name!r}: that of {args.size!r} is used")
         name = args.size
+    if name not in recipes:
+        raise UserError(f"there is no recipe for size {name!r}: add it to RECIPES, beside "
+                        f"{', '.join(recipes)}")
     for setting, value in recipes[name].items():
         if getattr(args, setting, None) is None:
             setattr(args, setting, value)

@@ -27,7 +27,7 @@ from pathlib import Path
 
 import torch
 
-from model import DEFENSES, Defense, UserError, make_autoencoder, make_classifier
+from model import DEFENSES, Defense, NoiseScale, UserError, make_autoencoder, make_classifier
 from support import cli, data
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -99,7 +99,7 @@ def digest_of_files(names):
 def digest_of_code_of(files, model, *functions):
     """One digest of these files and of the project's files that hold the classes of a model, and functions."""
     modules = {kind.__module__ for part in model.modules() for kind in type(part).__mro__}
-    modules |= {function.__module__ for function in functions}
+    modules |= {getattr(function, "__module__", None) for function in functions}
     paths = [Path(getattr(sys.modules.get(name), "__file__", None) or "") for name in modules]
     own = {path.relative_to(REPOSITORY).as_posix() for path in paths if path.is_relative_to(REPOSITORY)}
     return digest_of_files({*files, *own})
@@ -126,10 +126,10 @@ def say_made_by_other_code(checkpoints):
 
 
 def is_plain(value):
-    """Whether a value is a number or text, or a list of such, as the mean in torchvision's Normalize."""
+    """Whether a value is a setting: a number, text or a NoiseScale, or a list of such."""
     if isinstance(value, (tuple, list)):
         return all(map(is_plain, value))
-    return isinstance(value, (bool, int, float, str))
+    return isinstance(value, (bool, int, float, str, NoiseScale))
 
 
 def fingerprint(model):
@@ -303,6 +303,10 @@ def restore(checkpoint, args, files, train, **parts):
     """Give the parts (model, optimizer ...) what the run left; what is different now is noted, and said."""
     for name, part in parts.items():
         part.load_state_dict(checkpoint["resume"][name])
+    for name, value in checkpoint["settings"].items():
+        if name != "data" and plain(getattr(args, name)) != value:  # a stage has settled it anew
+            raise UserError(f"{name} was {value} when {args.out} was begun, and is {getattr(args, name)} by the "
+                            "code of now: change it back, or train anew with --overwrite")
     then, classes = checkpoint["data"]["images"], checkpoint["classes"]
     if (then, classes) != (len(train), train.classes):
         differ = ", ".join(sorted(set(classes) ^ set(train.classes))[:5])
@@ -331,7 +335,7 @@ def save(folder, checkpoint, whole, probe, **parts):
     whole: what is tested later, an autoencoder, a classifier, or a defense: its parts are saved as they are
     now, and `check` compares them with what the file makes, on the images of probe [B, C, S, S]. It is in
     evaluation mode afterwards. parts: what --resume goes on with, model=... and optimizer=..., as `restore`
-    takes them.
+    takes them: everything that changes from step to step, an average or a second optimizer, too.
     """
     if cli.rank() > 0:
         return

@@ -138,10 +138,20 @@ def load_entries(args, device, votes=1):
 
 
 def with_names_of_their_own(entries):
-    """The entries; where the runs of several have one name, their folders stand in the place of it."""
+    """The entries; where the runs of several have one name, their folders stand in the place of it.
+
+    UserError where two that differ still have one name: a defense whose level says too little.
+    """
     names = [entry.name for entry in entries]
-    return [entry._replace(name=entry.name.replace(Path(entry.folder).name, entry.folder, 1))
-            if names.count(entry.name) > 1 else entry for entry in entries]
+    entries = [entry._replace(name=entry.name.replace(Path(entry.folder).name, entry.folder, 1))
+               if names.count(entry.name) > 1 else entry for entry in entries]
+    named = {}
+    for entry in entries:
+        other = named.setdefault(entry.name, entry)
+        if other is not entry and run.fingerprint(other.model) != run.fingerprint(entry.model):
+            raise UserError(f"two different defenses are called {entry.name!r}: let the level of "
+                            f"{type(entry.model).__name__} say all that is set in it")
+    return entries
 
 
 def load_test_images(args, entries, device):

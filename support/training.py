@@ -11,7 +11,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torchvision import transforms
 from torchvision.transforms import InterpolationMode, v2
 
-from model import UserError
+from model import UserError, check_images
 from support import cli
 
 
@@ -72,6 +72,16 @@ def crop_and_flip(images, padding=4):
     crops = windows[torch.arange(B), :, top, left]
     mirrored = (torch.rand(B) < 0.5).to(images.device)
     return torch.where(mirrored.view(-1, 1, 1, 1), crops.flip(3), crops)
+
+
+def check_augmentation(augment, images):
+    """UserError unless an augmentation of batches (None: there is none) keeps these images in [0, 1]."""
+    if augment is None:
+        return
+    try:
+        check_images(augment(images))
+    except UserError as error:
+        raise UserError(f"after augmentation by {getattr(augment, '__name__', augment)} {error}") from None
 
 
 def seed_epoch(seed, epoch):
@@ -162,6 +172,21 @@ def distribute(model, optimizer):
     if not dist.is_initialized():
         return model
     return DistributedDataParallel(model)
+
+
+def check_processes(model):
+    """UserError unless all processes ended with the same weights; waits for all of them.
+
+    They drift apart where something is trained that DistributedDataParallel does not hold.
+    """
+    if not dist.is_initialized():
+        return
+    total = sum(parameter.detach().double().sum().item() for parameter in model.parameters())
+    extremes = torch.tensor([total, -total], dtype=torch.float64)
+    dist.all_reduce(extremes, dist.ReduceOp.MAX)
+    if extremes[0] != -extremes[1]:
+        raise UserError("the processes ended with different weights: put all that is trained into the one module "
+                        "that training.distribute gets")
 
 
 def update(optimizer, lr):

@@ -278,7 +278,6 @@ class TestBadInput(unittest.TestCase):
         """Said by its name: photographs have a flag of their own."""
         photo = photos() / "val" / "red" / "0.png"
         self.refused("defend", photo_classifier(), photo, says=f"{photo} holds no run")
-        self.refused("defend", photo_classifier(), "--photos", photos(), says=("cannot read image", photos()))
 
     def test_fewer_images_than_processes(self):
         """Refused before anything is measured: each process needs one."""

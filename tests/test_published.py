@@ -202,7 +202,7 @@ class TestPublished(FilesOfWeights):
         self.assertIn("its classes: blue, green, red", said)
         photo = photos() / "val/red/0.png"
         result = finished(run("defend", classifier, "--photos", photo, "--out", new_folder()))
-        self.assertRegex(result.out, rf"{photo}  weights: (blue|green|red) \([\d.]+%\)")
+        self.assertRegex(result.out, rf"{photo}  weights: (blue|green|red) [\d.]+%, ")
         ten = self.save(small_classifier(3, **TINY).state_dict(), "ten.pth")
         _, result = self.try_to_convert(ten)
         assert_refused(result, ("knows 10 classes", "has 3"))

@@ -102,7 +102,7 @@ class TestShip(unittest.TestCase):
         for name, words in (("de3", "de3, σ = 50"), ("clean", "clean"), ("adversarial", "adversarial")):
             result = finished(run("defend", REPOSITORY / "assets/cifar10" / name, "--photos", photo,
                                   "--out", out))
-            self.assertRegex(result.out, rf"{words}: [a-z]+ \([\d.]+%\)")
+            self.assertRegex(result.out, rf"{words}: [a-z]+ [\d.]+%, ")
             self.assertNotIn("other code", result.out)
 
 

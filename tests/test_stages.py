@@ -78,13 +78,14 @@ class TestStages(unittest.TestCase):
         folder, _ = digits_runs()
         photo = new_folder() / "my photo.png"
         Image.fromarray(np.full((40, 50, 3), 99, np.uint8)).save(photo)
+        out = new_folder()
         result = finished(run("defend", folder / "clean", folder / "de3", "--photos", photo,
-                              "--sigma", 0, 80))
-        lines = re.findall(rf"^{re.escape(str(photo))}  (.*): \d \([\d.]+%\)$", result.out, re.M)
+                              "--sigma", 0, 80, "--out", out))
+        lines = re.findall(rf"^{re.escape(str(photo))}  (.*): \d [\d.]+%, ", result.out, re.M)
         self.assertEqual(lines, ["clean", "de3, σ = 0", "de3, σ = 80"])
-        pictures = sorted((folder / "purified").iterdir())
+        pictures = sorted((out / "purified").iterdir())
         self.assertEqual([path.name for path in pictures], [
-            f"{photo.parent.name}_my photo_de3_{level}.png" for level in ("sigma0", "sigma80")])
+            f"0001_my photo_de3_{level}.png" for level in ("sigma0", "sigma80")])
         for path in pictures:
             with Image.open(path) as image:
                 self.assertEqual(image.size, (32, 32))
@@ -121,7 +122,7 @@ class TestStages(unittest.TestCase):
             self.assertEqual((row["norm"], row["threat"], row["attack_seed"]), ("linf", "white", "0"))
             self.assertEqual(row["commit"], run_module.commit())
         weights = {(row["run"], row["weights"], row["code"]) for row in rows}
-        self.assertEqual(len(weights), 2)  # one for each run; sigma is a level of the same weights
+        self.assertEqual(len(weights), 1 + len(sigmas))  # sigma is a setting of the defense
 
     def test_stronger_attack(self):
         """Two losses, two restarts, undefended and De³, in a ball that is the whole pixel box."""

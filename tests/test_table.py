@@ -174,7 +174,7 @@ class TestRows(unittest.TestCase):
             self.assertEqual(row["attack_seed"], "1" if row["images"] == "7" else "0")
             self.assertEqual(row["weights"] == run_module.fingerprint(clean),
                              row["run"].endswith("clean"))
-        self.assertEqual(len({row["weights"] for row in rows}), 3)  # De³ has an autoencoder
+        self.assertEqual(len({row["weights"] for row in rows}), 4)  # De³ has an autoencoder, and a sigma
         self.assertEqual({row["code"] for row in rows[:8]} & {row["code"] for row in rows[8:]}, set())
         self.assertEqual({len(row["code"]) for row in rows}, {12})
 
