@@ -34,6 +34,7 @@
                         test_flags      flags that change nothing, settings that are kept
                         test_table      scores, intervals, rows and their names, pictures
                         test_bad_input  one sentence and exit code 2
+                        test_commands   the commands that the READMEs and exercises show
                         test_silent     edits that would make wrong numbers without a word
     studies             test_compare    what is missing, the readings, what is measured again, the plot
                         test_speed      the plain De³ is ours in other words

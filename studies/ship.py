@@ -42,12 +42,16 @@ def halve(checkpoint, dataset):
     return halved
 
 
-def main(argv=None):
+def arguments(argv=None):
     parser = argparse.ArgumentParser(prog="python -m studies.ship", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="+", type=cli.folder, metavar="RUN")
     parser.add_argument("--out", type=cli.folder, required=True, help="a folder, as assets/cifar10")
-    args = cli.parse(parser, argv, machine=False)
+    return cli.parse(parser, argv, machine=False)
+
+
+def main(argv=None):
+    args = arguments(argv)
     names = [folder.resolve().name for folder in args.runs]
     if len(set(names)) < len(names):
         raise UserError("two of the runs' folders have the same name, and would be written over each other: "
