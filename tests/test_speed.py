@@ -108,7 +108,7 @@ class TestSpeed(unittest.TestCase):
                 out = finished(run("studies.speed", *SHORT, *flags.split())).out
             self.assertEqual(compile_models.called, "--compile" in flags)
             self.assertEqual(re.findall(r"^matrix product, (\w+): +\d", out, re.M), precisions)
-            rows = re.findall(r"^(\w.*?)  +(plain|ours) (\w+) +([\d.e+]+) +(?:([\d.]+) +)?([\d.]+) +"
+            rows = re.findall(r"^(\w.*?)  +(plain|ours) (\w+) +([\d.e+]+) +(?:([\d.]+) +)?([\d.]+|-) +"
                               r"([\d.]+)$", out, re.M)
             ours = [("ours", precision) for precision in precisions]
             plain = [("plain", "fp32")]
