@@ -22,6 +22,7 @@ def interval(percent, images):
     center = p + z**2 / (2 * images)
     width = z * (p * (1 - p) / images + z**2 / 4 / images**2) ** 0.5
     low, high = (100 * (center + sign * width) / (1 + z**2 / images) for sign in (-1, 1))
+    low = max(low, 0.0)  # of no image rounding can make it -0.0
     return f"{percent:5.1f} [{low:4.1f}, {high:5.1f}]"
 
 

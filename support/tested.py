@@ -119,13 +119,19 @@ def load_entries(args, device, votes=1):
     run.note_imported_code()
     if args.defense:
         cli.refuse(args, ["sigma"], "beside --defense, which takes levels, as de3:50")
-    entries, checkpoints = [], {}
-    for folder in args.runs:
-        classifier, checkpoint, autoencoder, pretraining = load_run(folder, args.autoencoder, device)
-        checkpoints[folder] = checkpoint
-        for name, level in choose_defenses(args, checkpoint, pretraining):
+    loaded = {folder: load_run(folder, args.autoencoder, device) for folder in args.runs}
+    lenders = [folder for folder, (_, _, autoencoder, _) in loaded.items() if autoencoder is not None]
+    entries = []
+    for folder, (classifier, checkpoint, autoencoder, pretraining) in loaded.items():
+        chosen = choose_defenses(args, checkpoint, pretraining)
+        needs_one = any(name != "off" and DEFENSES[name].task for name, _ in chosen)
+        if needs_one and autoencoder is None and lenders:
+            print(f"note: {folder} holds no autoencoder: that of {lenders[0]} is put in front of it")
+            _, _, autoencoder, pretraining = loaded[lenders[0]]
+        for name, level in chosen:
             entries.append(put_in_front(folder, classifier, checkpoint, autoencoder, pretraining, name, level,
                                         votes))
+    checkpoints = {folder: checkpoint for folder, (_, checkpoint, _, _) in loaded.items()}
     run.say_made_by_other_code(checkpoints)
     entries = with_names_of_their_own(entries)
     first = entries[0].checkpoint

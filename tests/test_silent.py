@@ -36,6 +36,15 @@ class TestSilent(unittest.TestCase):
                                4, "--out", new_folder())
         assert_refused(result, ("two different defenses are called", "TwoRounds"))
 
+    def test_borrowed_autoencoder(self):
+        """A run without one takes that of another run in the same command, and it is said."""
+        out, clean = new_folder(), "assets/digits/clean"
+        flags = ("--defense", "off", "de3:0", "--images", 4, "--attack", "fgsm", "--out", out)
+        result = finished(run_stage("attack", "assets/digits/de3", clean, *flags))
+        self.assertIn(f"{clean} holds no autoencoder: that of assets/digits/de3 is put in front", result.out)
+        self.assertIn("clean behind De³, σ = 0", result.out)
+        assert_refused(run_stage("attack", clean, *flags), "holds no autoencoder")
+
     def test_images_outside_the_range(self):
         """A classifier alone is scored on images in [0, 1] only."""
         model, (images, labels) = linear_on_digits()
