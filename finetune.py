@@ -9,8 +9,8 @@
 
 Order: augment, mix (or attack: PGD through the defense, one draw a step), noise, denoise without
 gradients, clamp, classify. Writes the run's folder, beside the autoencoder's unless --out names it:
-checkpoint.pt (which holds the autoencoder of a De³ as well) and log.csv after every epoch. Data set,
-size and seed are the autoencoder's. Next: defend.py, attack.py.
+checkpoint.pt (which holds the autoencoder of a De³ as well) and log.csv after every epoch. The size is
+the autoencoder's, and so are data set and seed unless they are given. Next: defend.py, attack.py.
 """
 
 from pathlib import Path
@@ -56,7 +56,7 @@ def arguments(argv=None):
         "(default with --adversarial); default: de3, or mim where the autoencoder is of MIM")
     add("--autoencoder", type=cli.folder, metavar="RUN", help="folder of the pretraining run, or of a De³, "
         "which holds one; default runs/<data>/nim")
-    add("--sigma", help="noise scale in 8-bit units (0..255), one draw per image: "
+    add("--sigma", help="noise scale in 8-bit units (255 is the range of a pixel), one draw per image: "
         f"{SIGMA_HELP}; default: the data set's, uniform:0,30 in the paper")
     add("--adversarial", type=cli.eps, metavar="EPS", help="adversarial training, linf, as 8/255")
     start = parser.add_mutually_exclusive_group()

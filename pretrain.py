@@ -41,7 +41,7 @@ def arguments(argv=None):
     add = parser.add_argument
     add("--data", type=data.dataset_name, help=f"{data.DATA_HELP}; default digits")
     add("--task", choices=["nim", "mim"], help="denoise (nim, default) or fill in masked patches (mim)")
-    add("--sigma", help="noise scale in 8-bit units (0..255), one draw per image: "
+    add("--sigma", help="noise scale in 8-bit units (255 is the range of a pixel), one draw per image: "
         f"{SIGMA_HELP}; default: the data set's, gamma:25,3 in the paper")
     add("--norm-pix", action=argparse.BooleanOptionalAction, help="normalize each target patch; default: "
         "only at patches of 14 pixels and more")

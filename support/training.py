@@ -185,8 +185,8 @@ def check_processes(model):
     extremes = torch.tensor([total, -total], dtype=torch.float64)
     dist.all_reduce(extremes, dist.ReduceOp.MAX)
     if extremes[0] != -extremes[1]:
-        raise UserError("the processes ended with different weights: put all that is trained into the one module "
-                        "that training.distribute gets")
+        raise UserError("the processes ended with different weights: put all that is trained into the one "
+                        "module that training.distribute gets")
 
 
 def update(optimizer, lr):
