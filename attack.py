@@ -445,8 +445,8 @@ def main(argv=None):
                 steps=settings["steps"], step_size=f"{settings['step_size']:.6g}",
                 restarts=settings["restarts"], eot=settings["eot"], loss="+".join(cell.losses),
                 threat=args.threat, reading="one shot", draws=draws, split=args.split, images=total,
-                pixels=pixels, trained_on=args.trained_on,
-                one_answer=one_answer, attack_seed=args.seed, precision="bf16" if args.bf16 else "fp32",
+                pixels=pixels, trained_on=args.trained_on, one_answer=one_answer, attack_seed=args.seed,
+                precision="bf16" if args.bf16 else "fp32",
                 weights=run.fingerprint(entry.model),
                 code=run.digest_of_code_of(CODE, entry.model, ATTACKS[base].function))
             old = report.find_row(measured, what)

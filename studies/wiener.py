@@ -1,4 +1,4 @@
-"""A denoiser that nobody trained: is it noise image modeling that defends, or any denoiser?
+"""A denoiser that nobody trained: is it noisy image modeling that defends, or any denoiser?
 
     python -m studies.wiener --data digits --out runs/digits/wiener           the linear filter
     python -m studies.wiener --data digits --blur --out runs/digits/blur      a Gaussian blur
