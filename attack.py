@@ -11,6 +11,7 @@ defense (the mean over draws: one shot). Appends its rows to attack.csv in the f
 first run lies. Whether the attack can be believed: python -m studies.audit.
 """
 
+import sys
 import time
 import warnings
 from collections.abc import Callable
@@ -250,20 +251,25 @@ def in_units(length, norm):
 def in_batches(function, images, labels, size, show=lambda done: None):
     """function(images, labels) for `size` images at a time, as floats in [0, 1]; its results in one tensor.
 
-    show(done) is told the part of the images that is done.
+    The function gets copies: whatever it does to them, the images stay. show(done) is told the part of the
+    images that is done.
     """
     results = []
     for x, y in zip(images.split(size), labels.split(size)):
-        results.append(function(data.as_floats(x), y))
+        results.append(function(data.as_floats(x).clone(), y))
         show(sum(map(len, results)) / len(images))
     return torch.cat(results)
 
 
 def accuracy(model, images, labels, draws=1):
-    """Share of correct predictions of each image over fresh draws of the model: [B]."""
+    """Share of correct predictions of each image over fresh draws of the model, in float32: [B].
+
+    Also where the attack computes in bfloat16: rounding shall not decide what is right.
+    """
     check_images(images)
-    with torch.no_grad():
-        return torch.stack([(model(images).argmax(1) == labels).float() for _ in range(draws)]).mean(0)
+    with torch.no_grad(), torch.autocast(images.device.type, enabled=False):
+        hits = [(model(images.clone()).argmax(1) == labels).float() for _ in range(draws)]
+    return torch.stack(hits).mean(0)
 
 
 def percent(shares):
@@ -273,24 +279,32 @@ def percent(shares):
 
 
 def needs_eot(model, images):
-    """Whether a model is random: it says so, or two calls on these images differ."""
+    """Whether a model is random: it says so, it draws a random number, or two calls on these images differ.
+
+    In the second call the images stand elsewhere, beside others: a model whose answer depends on that needs
+    several draws as well, and no early stop, which changes the batch.
+    """
     if getattr(model, "is_random", False):
         return True
-    with torch.no_grad():
-        first, second = model(images), model(images)
-    return not torch.allclose(first, second, rtol=1e-3, atol=1e-4)
+    elsewhere = torch.arange(len(images), device=images.device) % max(1, len(images) // 2)
+    with torch.no_grad(), torch.autocast(images.device.type, enabled=False):
+        before = cli.random_state(images.device)
+        first = model(images.clone())
+        draws = cli.random_state(images.device) != before
+        second = model(images[elsewhere])
+    return draws or not torch.allclose(first[elsewhere], second, rtol=1e-3, atol=1e-4)
 
 
-def say_one_answer(entry, images, labels, classes, batch):
+def say_one_answer(name, model, images, labels, classes, batch):
     """The class that a model gives for all of these images, of all processes, with a note; or ""."""
     with torch.no_grad():
-        predicted = in_batches(lambda x, y: entry.model(x).argmax(1), images, labels, batch)
+        predicted = in_batches(lambda x, y: model(x).argmax(1), images, labels, batch)
     counts = cli.sum_over_processes(*predicted.bincount(minlength=len(classes)).tolist())
     if max(counts) < sum(counts) or sum(counts) < 2:
         return ""
     answer = classes[counts.index(max(counts))]
-    print(f"note: {entry.name} answers {answer} for all {sum(counts):.0f} images: its accuracy is the share of "
-          "that class")
+    print(f"note: {name} answers {answer} for all {sum(counts):.0f} images: its accuracy is the share of that "
+          "class")
     return answer
 
 
@@ -403,7 +417,8 @@ def measure(cell, args, images, labels, batch, show):
     attacked = entry.model if args.threat == "white" else entry.classifier
 
     def attack_and_score(x, y):
-        candidates = [attack(attacked, x, y, cell.eps, loss=loss, **cell.settings) for loss in cell.losses]
+        candidates = [attack(attacked, x.clone(), y, cell.eps, loss=loss, **cell.settings)
+                      for loss in cell.losses]
         adversarial = candidates[0] if len(candidates) == 1 else strongest(attacked, candidates, y)
         check_adversarial(adversarial, x, cell.eps, args.norm)
         return accuracy(entry.model, adversarial, y, DRAWS if cell.random else 1)
@@ -423,11 +438,11 @@ def main(argv=None):
         cells = plan_table(args, entries, images)
     width, name_width = max(len(entry.name) for entry in entries), max(8, *map(len, args.attack))
     most_seconds = sum(cell.seconds for cell in cells)
-    print(f"{total} {args.split} images of {args.data}, {args.norm}, loss {'+'.join(args.loss)}, "
-          f"{args.threat}-box, {args.restarts} restart(s), {DRAWS} draws, seed {args.seed}, {device.type}; "
-          f"accuracy in % [95% interval]; at most about {cli.minutes(most_seconds)} minutes\n\n"
-          f"{'run and level':{width}} {'eps':>7}  {'attack':{name_width}} {'steps':>5} {'EOT':>3} {'clean':>19} "
-          f"{'robust':>19} {'seconds':>8}")
+    print(f"{total} {args.split} images of {args.data}, {args.norm}, {args.threat}-box, {DRAWS} draws of what "
+          f"is random, seed {args.seed}, {device.type}; accuracy in % [95% interval]; at most about "
+          f"{cli.minutes(most_seconds)} minutes\n\n"
+          f"{'run and level':{width}} {'eps':>7}  {'attack':{name_width}} {'loss':9} {'steps':>5} {'EOT':>3} "
+          f"{'starts':>6} {'clean':>19} {'robust':>19} {'seconds':>8}")
     clean_of, measured = {}, report.read_rows(table)
     for cell in cells:
         entry, draws, settings = cell.entry, DRAWS if cell.random else 1, cell.settings
@@ -437,7 +452,7 @@ def main(argv=None):
             if entry.name not in clean_of:
                 cli.seed_everything(args.seed)
                 right = in_batches(lambda x, y: accuracy(entry.model, x, y, draws), images, labels, batch)
-                one_answer = say_one_answer(entry, images, labels, classes, batch)
+                one_answer = say_one_answer(entry.name, entry.model, images, labels, classes, batch)
                 clean_of[entry.name] = percent(right), one_answer
             clean, one_answer = clean_of[entry.name]
             what = dict(
@@ -451,21 +466,26 @@ def main(argv=None):
                 code=run.digest_of_code_of(CODE, entry.model, ATTACKS[base].function))
             old = report.find_row(measured, what)
             if old:  # by the same code, weights, images and settings
-                robust, seconds = float(old["robust_accuracy"]), "kept"
+                robust, seconds, warned = float(old["robust_accuracy"]), "kept", old.get("warnings", "")
             else:
-                shares = measure(cell, args, images, labels, batch, lambda done: progress.show(
-                    f"{entry.name}, {ball}, {cell.attack}", done))
+                with cli.heard_warnings() as heard:
+                    shares = measure(cell, args, images, labels, batch, lambda done: progress.show(
+                        f"{entry.name}, {ball}, {cell.attack}", done))
                 robust, seconds = percent(shares), f"{time.perf_counter() - started:.1f}"
+                warned = "; ".join(heard)
         progress.clear()
-        print(f"{entry.name:{width}} {ball:>7}  {cell.attack:{name_width}} {settings['steps']:5} "
-              f"{settings['eot']:3} {report.interval(clean, total):>19} {report.interval(robust, total):>19} "
-              f"{seconds:>8}", flush=True)
+        if warned:
+            print(f"warning: {warned}", file=sys.stderr)
+        print(f"{entry.name:{width}} {ball:>7}  {cell.attack:{name_width}} {'+'.join(cell.losses):9} "
+              f"{settings['steps']:5} {settings['eot']:3} {settings['restarts']:6} "
+              f"{report.interval(clean, total):>19} {report.interval(robust, total):>19} {seconds:>8}",
+              flush=True)
         if robust > clean + 1:
             print("note: more images are right under attack than without one: this attack does not work here")
         if not old:
             report.append_row(table, dict(
                 defense=entry.name, run=entry.folder, data=args.data, **what, clean_accuracy=f"{clean:.2f}",
-                robust_accuracy=f"{robust:.2f}", seconds=seconds, commit=run.commit()))
+                robust_accuracy=f"{robust:.2f}", seconds=seconds, warnings=warned, commit=run.commit()))
     print(f"\nthe table is {table}; is the attack strong enough? python -m studies.audit")
 
 

@@ -4,9 +4,9 @@
     python defend.py runs/digits/de3 --sigma 0 25 50 75 100 --votes 5
     python defend.py assets/cifar10/de3 --photos photo.jpg FOLDER           the likeliest classes
 
-Results go into the folder in which the first run lies: defend.png shows a few test images, under PGD
-without the defense and under PGD with EOT through it, then what the defense makes of them step by
-step. Under each stands the answer, at the left who gives it; wrong answers are red. Of photographs the
+Results go into the folder in which the first run lies: defend.png shows a few test images, attacked
+by PGD that ignores the defense and by PGD with EOT that goes through it, and what the defense makes
+of both. Under each stands the answer, at the left who gives it; wrong answers are red. Of photographs the
 answers and what the classifier saw go to photos/ in the current folder. Your own images should look like
 the data set's: the digits are bright on dark. Next: attack.py.
 """
@@ -23,6 +23,7 @@ from model import UserError
 from support import cli, data, report, tested
 
 PICTURED, LIKELY = 8, 5  # test images in defend.png; classes that are named for a photograph
+ENLARGED = 7  # how many times a change is shown enlarged
 
 
 def arguments(argv=None):
@@ -44,17 +45,21 @@ def arguments(argv=None):
 
 
 def find_photos(paths):
-    """The image files among these paths and in the folders among them, at any depth; UserError for none."""
-    files = []
+    """The image files among these paths and in the folders among them, at any depth, each once.
+
+    UserError for none.
+    """
+    files = {}  # by where they really lie
     for path in paths:
+        found = [path]
         if path.is_dir():
-            files += sorted(file for file in path.rglob("*") if data.is_image(file, path))
-        else:
-            files.append(path)
+            found = sorted(file for file in path.rglob("*") if data.is_image(file, path))
+        for file in found:
+            files.setdefault(file.resolve(), file)
     if not files:
         raise UserError(f"there is no image in {', '.join(map(str, paths))} ({', '.join(data.FORMATS)} are "
                         "read)")
-    return files
+    return list(files.values())
 
 
 @torch.no_grad()
@@ -84,7 +89,7 @@ def classify_photos(args, entries, folder, device):
             shares, labels = probabilities.topk(min(LIKELY, len(classes)))
             answers = [f"{classes[label]} {100 * share:.1f}%" for share, label in zip(shares.tolist(), labels)]
             print(f"{path}  {entry.name}: {', '.join(answers[:3])}")
-            rows.append(dict(photo=path, folder=path.resolve().parent.name, defense=entry.name,
+            rows.append(dict(photo=path, folder=path.absolute().parent.name, defense=entry.name,
                              answer=classes[labels[0]], likely="; ".join(answers)))
             if entry.defense is not None and folder:
                 cli.seed_everything(args.seed)  # the picture shows the draw that was classified
@@ -140,27 +145,31 @@ def print_clean_accuracy(args, entries, images, labels, classes):
                                       args.max_batch)
             quality = f"{percent(decibels) / 100:.2f}"
         print(f"{entry.name:{width}}  {correct:16.1f}  {quality:>7}  {total / seconds:8.0f}", flush=True)
-        say_one_answer(entry, images, labels, classes, args.max_batch)
+        say_one_answer(entry.name, entry.model, images, labels, classes, args.max_batch)
 
 
 def draw_defense(path, args, eps, undefended, defense, images, labels, classes):
-    """defend.png: what an attack does without and with the defense, and how the defense sees it."""
+    """defend.png: an attack that ignores the defense, and one that goes through it."""
     cli.seed_everything(args.seed)
     fooling = pgd(undefended, images, labels, eps, args.steps)
     eot = args.eot if needs_eot(defense, images) else 1
     adversarial = pgd(defense, images, labels, eps, args.steps, eot=eot)
-    pictured = [("clean\n(undefended)", images, undefended),
-                ("attacked\n(undefended)", fooling, undefended),
-                (f"attacked\nthrough {defense.title}\n(undefended)", adversarial, undefended)]
+    behind = f"({defense.title}, {defense.level})"
     with torch.no_grad():
-        *before, (last, purified) = defense.steps(adversarial).items()
-        pictured += [(f"{name}\n(undefended)", made, undefended) for name, made in before]
-        pictured += [(f"{last}\n({defense.title}, {defense.level})", purified, defense.classifier)]
+        pictured = [
+            ("clean\n(undefended)", images, undefended),
+            ("attacked\n(undefended)", fooling, undefended),
+            (f"this attack,\npurified\n{behind}", defense.purify(fooling), defense.classifier),
+            (f"attacked\nthrough {defense.title},\npurified\n{behind}", defense.purify(adversarial),
+             defense.classifier)]
         rows = []
         for title, shown, answering in pictured:
-            predicted = answering(shown.clamp(0, 1)).argmax(1)
+            predicted = answering(shown).argmax(1)
             rows.append(report.Row(title, shown, [classes[label] for label in predicted],
                                    (predicted != labels).tolist()))
+    nothing = [""] * len(images)
+    change = 0.5 + ENLARGED * (fooling - images)
+    rows.insert(2, report.Row(f"its change,\n{ENLARGED} times", change, nothing, nothing))
     heading = ("Above, the true label; under each image the answer of the classifier in brackets, red "
                f"where wrong.\nPGD, {args.steps} steps, eps {255 * eps:.3g}/255; through "
                f"{defense.title} ({defense.level}) with EOT {eot}.")

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torchvision.transforms import v2
 
-from attack import accuracy, in_batches, percent, pgd
+from attack import accuracy, in_batches, percent, pgd, say_one_answer
 from model import CLASSIFIERS, DEFENSES, SIGMA_HELP, SIZES, NoiseScale, UserError, make_classifier
 from support import cli, data, run, tested, training
 
@@ -191,30 +191,34 @@ def main(argv=None):
         config.update(arch=args.arch, num_classes=len(train.classes), drop_path=args.drop_path)
         if args.size == "tiny" and device.type == "cpu":
             cli.choose_threads()
-    torch.manual_seed(args.seed)
+    cli.seed_everything(args.seed)
     classifier = make_classifier(**config).to(device)
+    started_from = None
     if saved is None and args.init:
-        training.initialize(classifier, run.load(args.init)[0], args.init)
+        other, started_from = run.load(args.init)
+        training.initialize(classifier, other, args.init)
     elif saved is None and not args.from_scratch:
+        started_from = pretraining
         training.initialize(classifier, autoencoder, args.autoencoder)
     optimizer = torch.optim.AdamW(
         training.parameter_groups(classifier, args.weight_decay, args.layer_decay),
         betas=(0.9, args.beta2), fused=True)
 
     # the defense that it is trained behind, and the run
-    name, level, defended = "", None, classifier
-    if args.mode != "clean":
-        name, level = args.mode, args.sigma or DEFENSES[args.mode].trained_at
-        tested.check_task(name, autoencoder, pretraining, args.autoencoder)
-        defended = DEFENSES[name](autoencoder, classifier, level)
+    is_defended = args.mode != "clean"
+    defended, level = classifier, None
+    if is_defended:
+        level = args.sigma or DEFENSES[args.mode].trained_at
+        tested.check_task(args.mode, autoencoder, pretraining, args.autoencoder)
+        defended = DEFENSES[args.mode](autoencoder, classifier, level)
     code = CODE if args.adversarial is None else (*CODE, "attack.py")
     if saved:
         checkpoint = saved
         run.restore(checkpoint, args, code, train, model=classifier, optimizer=optimizer)
     else:
-        held = pretraining if name and DEFENSES[name].task else None
-        checkpoint = run.begin(args, "classifier", code, config, dataset, train, defense=name, level=level,
-                               autoencoder=held)
+        held = pretraining if is_defended and DEFENSES[args.mode].task else None
+        checkpoint = run.begin(args, "classifier", code, config, dataset, train, started_from, level=level,
+                               autoencoder=held, defense=args.mode if is_defended else "")
         run.save(args.out, checkpoint, defended, heldout[:8], model=classifier, optimizer=optimizer)
 
     # training
@@ -243,7 +247,7 @@ def main(argv=None):
                 model.require_backward_grad_sync = micro_step == micro_batches - 1
                 with cli.autocast(args.bf16, device):
                     purified = attacked
-                    if name:
+                    if is_defended:
                         with torch.no_grad():
                             purified = defended.purify(attacked)
                     logits = model(purified)
@@ -264,7 +268,8 @@ def main(argv=None):
     heldout, heldout_labels = tested.own_share(heldout, heldout_labels)
     correct = percent(in_batches(lambda x, y: accuracy(defended, x, y), heldout, heldout_labels,
                                  args.max_batch))
-    behind = f" behind {defended.title}, {defended.level}" if name else ""
+    say_one_answer(args.out, defended, heldout, heldout_labels, train.classes, args.max_batch)
+    behind = f" behind {defended.title}, {defended.level}" if is_defended else ""
     print(f"{correct:.1f}% of the validation images are right{behind}\nthe run is in {args.out}; next: "
           f"python attack.py {args.out}")
 

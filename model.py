@@ -61,7 +61,9 @@ def draw_gamma(batch_size, device, shape, scale):
 
 
 def draw_uniform(batch_size, device, low, high):
-    """Uniform from low to high; low = high where sigma is fixed."""
+    """Uniform from low to high; low = high where sigma is fixed, and nothing is drawn."""
+    if low == high:
+        return torch.full((batch_size,), low, device=device)
     return torch.empty(batch_size, device=device).uniform_(low, high)
 
 
@@ -554,7 +556,9 @@ class De3(Defense):
         return f"σ = {self.sigma}"
 
     def add_noise(self, images):
-        """x + ε·σ/255, not clamped."""
+        """x + ε·σ/255, not clamped; at σ = 0 nothing is drawn."""
+        if self.sigma.fixed == 0:
+            return images
         sigma = self.sigma.draw(images.shape[0], images.device)
         return add_noise(images, sigma, self.noise)
 

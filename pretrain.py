@@ -128,17 +128,19 @@ def main(argv=None):
     # the model, new or as the run left it
     if saved is None and args.size == "tiny" and device.type == "cpu":
         cli.choose_threads()
-    torch.manual_seed(args.seed)
+    cli.seed_everything(args.seed)
     autoencoder = make_autoencoder(**config).to(device)
+    started_from = None
     if args.init and saved is None:
-        training.initialize(autoencoder, run.load(args.init)[0], args.init)
+        other, started_from = run.load(args.init)
+        training.initialize(autoencoder, other, args.init)
     optimizer = torch.optim.AdamW(training.parameter_groups(autoencoder, args.weight_decay),
                                   betas=(0.9, args.beta2), fused=True)
     if saved:
         checkpoint = saved
         run.restore(checkpoint, args, CODE, train, model=autoencoder, optimizer=optimizer)
     else:
-        checkpoint = run.begin(args, "autoencoder", CODE, config, dataset, train, task=args.task)
+        checkpoint = run.begin(args, "autoencoder", CODE, config, dataset, train, started_from, task=args.task)
         run.save(args.out, checkpoint, autoencoder, heldout[:8], model=autoencoder, optimizer=optimizer)
 
     # training

@@ -2,9 +2,11 @@
 
     python -m studies.audit                          De³ at its largest default sigma, on the digits
     python -m studies.audit UNDEFENDED RUN --sigma 50
+    python -m studies.audit UNDEFENDED RUN --sigma 0 --norm l2 --eps 2
 
 After Athalye et al. 2018 and Carlini et al. 2019. The last defense chosen is put to the checks, under
-PGD in L∞ at --eps, white-box; images that fool the undefended ones before it are tried on it, too.
+PGD at --eps, white-box; images that fool the undefended ones before it are tried on it, too. In L2 the
+gradient-free search, which is one of L∞, is left out.
 Accuracies are compared image by image; a difference counts beyond 3 paired standard errors, and each
 comparison says the smallest difference that it would have noticed. The exit code is 1 if anything is
 suspicious.
@@ -16,7 +18,8 @@ import sys
 
 import torch
 
-from attack import accuracy, check_adversarial, in_batches, input_gradient, margin, needs_eot, pgd, strongest
+from attack import (accuracy, check_adversarial, direction_of, in_batches, in_units, input_gradient, margin,
+                    needs_eot, pgd, say_one_answer, strongest)
 from model import UserError
 from studies.square import square_search
 from support import cli, data, tested
@@ -58,14 +61,15 @@ def predicted_and_actual_gain(defense, images, labels, step=1 / 255):
 
 
 def audit(defense, images, labels, eps, steps, eot, draws, max_batch, others=(),
-          show=lambda name, figures, holds: None):
+          show=lambda name, figures, holds: None, norm="linf"):
     """Checks of a defense, and of the attack on it: a list of (what must hold, figures, holds).
 
     defense: any model from [0, 1] images to logits; a Defense is also attacked in gray-box, with the
     clamp's own gradient, and through ten votes.
-    images [B, 3, H, W] in [0, 1] with labels [B]; eps: radius in L∞; steps, eot: of PGD; draws: fresh
-    draws that score; max_batch: images that a model sees at once; others: models whose adversarial
-    images are tried on the defense; show(name, figures, holds) is told of each check when it is done.
+    images [B, 3, H, W] in [0, 1] with labels [B]; eps: radius in norm, "linf" or "l2"; steps, eot: of PGD;
+    draws: fresh draws that score; max_batch: images that a model sees at once; others: models whose
+    adversarial images are tried on the defense; show(name, figures, holds) is told of each check when it is
+    done.
     """
     checks = []
     defense = getattr(defense, "_orig_mod", defense)  # of torch.compile: what is copied is the module in it
@@ -79,9 +83,9 @@ def audit(defense, images, labels, eps, steps, eot, draws, max_batch, others=(),
 
     def attacked(model=defense, **changes):
         """Adversarial images of PGD, with other settings where they are given."""
-        settings = {**dict(eps=eps, steps=steps, eot=eot), **changes}
+        settings = {**dict(eps=eps, steps=steps, eot=eot, norm=norm), **changes}
         adversarial = in_batches(lambda a, b: pgd(model, a, b, **settings), images, labels, max_batch)
-        check_adversarial(adversarial, images, settings["eps"], "linf")
+        check_adversarial(adversarial, images, settings["eps"], norm)
         return adversarial
 
     def above(a, b):
@@ -102,7 +106,8 @@ def audit(defense, images, labels, eps, steps, eot, draws, max_batch, others=(),
 
     # the defense, without an attack
     clean = score(images)
-    with torch.enable_grad():  # a defense must not notice that it is being differentiated
+    in_float32 = torch.autocast(images.device.type, enabled=False)  # as accuracy() scores
+    with torch.enable_grad(), in_float32:  # a defense must not notice that it is being differentiated
         x = images.clone().requires_grad_()
         watched = torch.stack([in_batches(lambda a, b: (defense(a).argmax(1) == b).float(), x, labels,
                                           max_batch) for _ in range(draws)]).mean(0)
@@ -117,7 +122,7 @@ def audit(defense, images, labels, eps, steps, eot, draws, max_batch, others=(),
         0.5 <= ratio <= 1.5, f"{ratio:.2f}")
     compare("accuracy at eps 0 is clean accuracy", clean, score(attacked(eps=0.0, steps=1, eot=1)),
             both_ways=True)
-    shaken = (images + eps * torch.randn_like(images).sign()).clamp(0, 1)
+    shaken = (images + eps * direction_of(torch.randn_like(images), norm)).clamp(0, 1)
     noise = score(shaken)
     add("random noise of this eps costs under 10 points", clean.mean() - noise.mean() < 0.1,
         f"{100 * clean.mean():.1f}, {100 * noise.mean():.1f}")
@@ -141,18 +146,20 @@ def audit(defense, images, labels, eps, steps, eot, draws, max_batch, others=(),
     best = torch.cat([strongest(defense, [a, b], y) for a, b, y in zip(
         first.split(max_batch), second.split(max_batch), labels.split(max_batch))])
     compare("a second restart changes nothing", base, score(best))
-    found = in_batches(lambda a, b: square_search(defense, a, b, eps, queries=QUERIES), images, labels,
-                       max(1, max_batch))
-    check_adversarial(found, images, eps, "linf")
-    compare(f"gradient-free search ({QUERIES} queries) is no stronger", base, score(found))
+    if norm == "linf":
+        found = in_batches(lambda a, b: square_search(defense, a, b, eps, queries=QUERIES), images, labels,
+                           max_batch)
+        check_adversarial(found, images, eps, "linf")
+        compare(f"gradient-free search ({QUERIES} queries) is no stronger", base, score(found))
     for number, other in enumerate(others, start=1):
         compare(f"images that fool another model ({number}) are no stronger", base,
                 score(attacked(other, eot=1)))
-    larger = [base] + [score(attacked(eps=factor * eps, eot=2 if random else 1)) for factor in (2, 4, 8)
-                       if factor * eps <= 1]
+    to_gray = 0.5 if norm == "linf" else 0.5 * images[0].numel() ** 0.5  # a radius in which every image is gray
+    radii = [radius for radius in (2 * eps, 4 * eps) if radius < to_gray] + [to_gray]
+    larger = [base] + [score(attacked(eps=radius)) for radius in radii]
     falls = not any(above(b, a) for a, b in zip(larger, larger[1:]))
-    add("robust accuracy falls with eps, to under 5%", falls and larger[-1].mean() < 0.05,
-        ", ".join(f"{100 * result.mean():.1f}" for result in larger))
+    add("robust accuracy falls with eps, to under 5% where the attack may turn every image gray",
+        falls and larger[-1].mean() < 0.05, ", ".join(f"{100 * result.mean():.1f}" for result in larger))
 
     if not random or not hasattr(defense, "votes"):
         return checks
@@ -186,7 +193,8 @@ def arguments(argv=None):
     parser = cli.stage_parser("python -m studies.audit", __doc__)
     tested.evaluation_flags(parser, images=120)
     add = parser.add_argument_group("the attack").add_argument
-    add("--eps", type=cli.eps, help="radius in L∞, in [0, 1] units; default 16/255 (color 4/255)")
+    add("--eps", type=cli.eps, help="radius; in L∞ default 16/255 (color 4/255), in L2 without default")
+    add("--norm", choices=["linf", "l2"], default="linf", help="default linf")
     add("--steps", type=cli.count, default=20, help="of PGD, default 20")
     add("--eot", type=cli.count, default=8, help="draws in each gradient, default 8")
     add("--draws", type=cli.count, default=5, help="fresh draws that score the defense, default 5")
@@ -194,6 +202,8 @@ def arguments(argv=None):
     if args.images < FEWEST_IMAGES:
         raise UserError(f"{args.images} images say nothing: a difference counts from 9 images on, give "
                         f"--images {FEWEST_IMAGES} or more")
+    if args.norm == "l2" and args.eps is None:
+        raise UserError("--norm l2 needs --eps, a length over all pixels: 0.5 or 1, say")
     return args
 
 
@@ -203,16 +213,18 @@ def main(argv=None):
     entries = tested.load_entries(args, device)
     audited = entries[-1]
     others = [entry for entry in entries if entry.defense is None and entry is not audited]
-    images, labels, _ = tested.load_test_images(args, entries, device)
+    images, labels, classes = tested.load_test_images(args, entries, device)
     images = data.as_floats(images)
+    say_one_answer(audited.name, audited.model, images, labels, classes, args.max_batch)
     eps = audited.checkpoint["data"]["eps"] if args.eps is None else args.eps
     cli.seed_everything(args.seed)
     print(f"audit of {audited.name} ({audited.folder}): {len(images)} {args.split} images of {args.data}, "
-          f"eps {255 * eps:g}/255, {args.steps} steps, EOT {args.eot}, seed {args.seed}; transfer from "
+          f"{args.norm} {in_units(eps, args.norm)}, {args.steps} steps, EOT {args.eot}, seed {args.seed}; "
+          "transfer from "
           f"{', '.join(entry.folder for entry in others) or 'nothing'}; accuracy in %\n", flush=True)
     with cli.autocast(args.bf16, device):
         checks = audit(audited.model, images, labels, eps, args.steps, args.eot, args.draws, args.max_batch,
-                       [entry.model for entry in others], print_check)
+                       [entry.model for entry in others], print_check, args.norm)
     sys.exit(0 if all(holds for _, _, holds in checks) else 1)
 
 

@@ -6,9 +6,10 @@
 
 Version "standard" for what is deterministic, "rand" (APGD with EOT 20) for what is random. Two figures:
 AutoAttack's own count, in which an image of a random defense is lost with the first wrong draw, and
-robust accuracy on fresh draws of the images that it hands back. Beside them stands our PGD on the same
-images. pyautoattack packages the authors' code, with 100 steps for each attack; one of its attacks
-(DLR) needs four classes.
+robust accuracy on fresh draws of the images that it hands back, in float32. Beside them stands our own
+attack on the same images, as studies.compare makes it: strong_pgd where nothing is random, else PGD with
+EOT. pyautoattack packages the authors' code, with 100 steps for each attack; one of its attacks (DLR)
+needs four classes.
 """
 
 import tempfile
@@ -17,7 +18,7 @@ from pathlib import Path
 
 from torch import nn
 
-from attack import accuracy, in_batches, in_units, needs_eot, pgd
+from attack import accuracy, in_batches, in_units, needs_eot, pgd, say_one_answer, strong_pgd
 from model import UserError
 from support import cli, data, report, run, tested
 
@@ -84,18 +85,21 @@ def main(argv=None):
         eps = entry.checkpoint["data"]["eps"] if args.eps is None else args.eps
         model = InPrecision(entry.model, args.bf16, device).eval()
         random = needs_eot(entry.model, images[:8])
+        say_one_answer(entry.name, entry.model, images, labels, classes, args.max_batch)
         version = args.version or ("rand" if random else "standard")
         draws = DRAWS if random else 1
 
         def score(adversarial):
-            return 100 * in_batches(lambda x, y: accuracy(model, x, y, draws), adversarial, labels,
+            return 100 * in_batches(lambda x, y: accuracy(entry.model, x, y, draws), adversarial, labels,
                                     args.max_batch).mean().item()
 
-        def our_pgd(x, y):
-            return pgd(model, x, y, eps, args.steps, norm=args.norm, eot=args.eot if random else 1,
-                       early_stop=not random)
+        def our_attack(x, y):
+            settings = dict(eps=eps, steps=args.steps, norm=args.norm)
+            if random:
+                return pgd(model, x, y, eot=args.eot, **settings)
+            return strong_pgd(model, x, y, early_stop=True, **settings)
         cli.seed_everything(args.seed)
-        of_pgd = score(in_batches(our_pgd, images, labels, args.max_batch))
+        of_pgd = score(in_batches(our_attack, images, labels, args.max_batch))
         started = time.perf_counter()
         adversarial, not_broken = auto_attack(model, images, labels, args, eps, version, device)
         seconds = time.perf_counter() - started
@@ -110,7 +114,7 @@ def main(argv=None):
             code=run.digest_of_code_of(CODE, entry.model), commit=run.commit()))
         print(f"{entry.name}: {len(images)} {args.split} images, {args.norm} {in_units(eps, args.norm)}: "
               f"AutoAttack {version} leaves {fresh:.1f}% on fresh draws, {counted:.1f}% by its own count; "
-              f"PGD-{args.steps} {of_pgd:.1f}%; {cli.minutes(seconds)} minutes", flush=True)
+              f"our PGD-{args.steps} {of_pgd:.1f}%; {cli.minutes(seconds)} minutes", flush=True)
     print(f"wrote {table}")
 
 

@@ -13,24 +13,27 @@ is not measured again, so a comparison that was cut short goes on. The attacker 
     one shot       PGD with EOT, scored on fresh draws: the mean over ten of them
     ten tries      the share of images that are right in all of these ten draws
     noise known    one noise for all images, fixed and known to the attacker (arXiv 2404.14309), who
-                   needs no EOT: PGD of twice the steps, the mean of 3 noises; not for masking
+                   needs no EOT; the mean of 3 noises; not for masking
 
-Where nothing is random the last four are one, and the strongest of many runs of PGD (strong_pgd in
-attack.py: cross-entropy, margin, margin towards each other class, two starts). "worst" is the lowest of the
+Where nothing is random the last four are one. That reading, and that of a known noise, is the strongest of
+many runs of PGD (strong_pgd in attack.py: cross-entropy, margin, margin towards each other class, two
+starts); with EOT it is one run. All are scored in float32. "worst" is the lowest of the
 last three; "l2" and "l2 twice" are the same attacks in L2, at --l2 and twice that radius: the threat that
 nobody trained for; "clean ten tries" and "clean noise known" are those readings without an attack.
 Clean and gray-box accuracy are read on all images, and so is everything where nothing is random; the
-other readings of a random defense on color on every fourth of these images.
+other readings of a random defense on color on the first quarter of these images.
 """
 
 import copy
+import math
+import sys
 import time
 from pathlib import Path
 from statistics import mean, stdev
 
 import torch
 
-from attack import accuracy, in_batches, needs_eot, pgd, strong_pgd
+from attack import accuracy, in_batches, needs_eot, pgd, say_one_answer, strong_pgd
 from model import UserError
 from studies.certify import draws_gaussian_noise_once
 from studies.tables import TABLES, choose, folder_of, missing_commands, say_other_recipe
@@ -69,8 +72,8 @@ def measure(model, images, labels, eps, l2, steps, eot, seed, batch, every=1, sh
     """Every reading of one defense, any model from [0, 1] images to logits: {column: percent}.
 
     batch: images that are attacked together. Where the defense is random, what takes many draws is read on
-    every so many images only. "noise known" is left out where a defense takes no noise that it is given; a
-    note says so if it has one.
+    one in `every` images only, the first of them. "noise known" is left out where a defense takes no noise
+    that it is given; a note says so if it has one.
     """
     model = getattr(model, "_orig_mod", model)  # of torch.compile: what is copied is the module in it
     few = data.as_floats(images[:batch])
@@ -80,20 +83,23 @@ def measure(model, images, labels, eps, l2, steps, eot, seed, batch, every=1, sh
         print(f"note: {model.title} does not add one noise ε·σ/255 that it is given, and nothing else: noise "
               "known is left out")
     draws = eot if random else 1
-    settings = dict(steps=steps, early_stop=not random)
-    some, some_labels = images[::every if random else 1], labels[::every if random else 1]
+    settings = dict(eps=eps, steps=steps)
+    fewer = math.ceil(len(images) / every) if random else len(images)  # the first of the choice: all classes
+    some, some_labels = images[:fewer], labels[:fewer]
     result = {}
 
     def attacked(x, y, attacked_model=model, **more):
-        """Adversarial images for all of x: PGD in batches."""
-        changed = {"eps": eps, **settings, **more}
-        return in_batches(lambda a, b: pgd(attacked_model, a, b, **changed), x, y, batch)
+        """Adversarial images for all of x: one run of PGD, in batches."""
+        return in_batches(lambda a, b: pgd(attacked_model, a, b, **{**settings, **more}), x, y, batch)
+
+    def attacked_by_many(x, y, attacked_model=model, **more):
+        """The same of a model in which nothing is random, by many runs of PGD."""
+        changed = {**settings, "early_stop": True, **more}
+        return in_batches(lambda a, b: strong_pgd(attacked_model, a, b, **changed), x, y, batch)
 
     def attacked_through(x, y, **more):
         """The strongest white-box attack: with EOT where the model is random, else many runs of PGD."""
-        if random:
-            return attacked(x, y, eot=draws, **more)
-        return in_batches(lambda a, b: strong_pgd(model, a, b, **{"eps": eps, **settings, **more}), x, y, batch)
+        return attacked(x, y, eot=draws, **more) if random else attacked_by_many(x, y, **more)
 
     def read(name, x, y, tries_name=None):
         """Measure how many of these images are right on fresh draws; also in all of ten tries."""
@@ -105,7 +111,7 @@ def measure(model, images, labels, eps, l2, steps, eot, seed, batch, every=1, sh
     read("clean", images, labels, "clean_ten_tries")
     if hasattr(model, "classifier"):
         show("gray-box PGD")
-        adversarial = attacked(images, labels, model.classifier, early_stop=False)
+        adversarial = attacked(images, labels, model.classifier)
         read("gray_box", adversarial, labels)
     show("PGD with EOT")
     read("one_shot", attacked_through(some, some_labels), some_labels, "ten_tries")
@@ -122,7 +128,7 @@ def measure(model, images, labels, eps, l2, steps, eot, seed, batch, every=1, sh
         for _ in range(KNOWN_NOISES):
             fixed = copy.copy(model)
             fixed.noise = torch.randn_like(few[0])
-            adversarial = attacked(some, some_labels, fixed, steps=2 * steps, early_stop=True)
+            adversarial = attacked_by_many(some, some_labels, fixed)
             clean.append(tries(fixed, some, some_labels, batch, random=False))
             robust.append(tries(fixed, adversarial, some_labels, batch, random=False))
         result["clean_noise_known"] = 100 * torch.stack(clean).mean().item()
@@ -172,7 +178,7 @@ def arguments(argv=None):
     add("--split", choices=data.SPLITS, help="default test; val for a FOLDER without test/")
     add("--images", type=cli.count, help="how many; default 100 (color 1,200)")
     add("--every", type=cli.count, metavar="N", help="of a random defense, read what takes many draws on "
-        "every Nth of these images; default 1 (color 4)")
+        "one in N of these images, the first; default 1 (color 4)")
     add("--eps", type=cli.eps, help="radius in L∞, default 16/255 (color 4/255)")
     add("--l2", type=float, help="radius in L2, 0: none; default: as the table says")
     add("--steps", type=cli.count, default=20, help="of PGD, default 20")
@@ -190,6 +196,7 @@ def arguments(argv=None):
 
 def load_entry(entry, table, at, seed, device):
     """What a line of the table is tested as: a list of tested.Entry; UserError for a run of another seed."""
+    cli.seed_everything(seed)  # a defense may draw when it is made
     here = folder_of(at, seed)
     in_front = here / entry.in_front if entry.in_front else None
     classifier, checkpoint, autoencoder, pretraining = tested.load_run(here / entry.run, in_front, device)
@@ -215,7 +222,7 @@ def main(argv=None):
     found = [(line, seed, entry) for line in chosen for seed in args.seeds
              for entry in load_entry(line, table, args.at, seed, device)]
     run.say_made_by_other_code({entry.folder: entry.checkpoint for _, _, entry in found})
-    images, labels, _ = tested.load_test_images(args, [entry for _, _, entry in found], device)
+    images, labels, classes = tested.load_test_images(args, [entry for _, _, entry in found], device)
     eps = found[0][2].checkpoint["data"]["eps"] if args.eps is None else args.eps
     pixels, path, rows, progress = data.digest(images, labels), args.at / "compare.csv", [], cli.Progress()
     measured = report.read_rows(path)
@@ -228,18 +235,23 @@ def main(argv=None):
                    commit=run.commit())
         row = {name: report.as_text(value) for name, value in row.items()}
         cell = {name: value for name, value in row.items() if name not in NOT_MEASURED}
+        started, name = time.perf_counter(), f"{line.name}, {entry.level}, seed {seed}"
+        say_one_answer(name, entry.model, images, labels, classes, args.max_batch)
         old = report.find_row(measured, cell)
         if old:
             rows.append({**old, "defense": line.name})
+            if old.get("warnings"):
+                print(f"warning: {name}: {old['warnings']}", file=sys.stderr)
             continue
-        started, name = time.perf_counter(), f"{line.name}, {entry.level}, seed {seed}"
-        with cli.autocast(args.bf16, device):
+        with cli.autocast(args.bf16, device), cli.heard_warnings() as heard:
             readings = measure(entry.model, images, labels, eps, args.l2, args.steps, args.eot, args.seed,
                                args.max_batch, args.every,
                                lambda text: progress.show(f"{name}: {text}", (number + 0.5) / len(found)))
         progress.clear()
+        if heard:
+            print(f"warning: {name}: {'; '.join(heard)}", file=sys.stderr)
         row.update({column: f"{readings[column]:.2f}" if column in readings else "" for column in MEASURED})
-        row["seconds"] = f"{time.perf_counter() - started:.1f}"
+        row.update(seconds=f"{time.perf_counter() - started:.1f}", warnings="; ".join(heard))
         rows.append(row)
         measured.append(row)
         report.append_row(path, row)

@@ -137,7 +137,8 @@ def convert(args):
         raise UserError(f"{args.file} knows {config['num_classes']} classes, {args.data} has {len(classes)}")
     model = run.MAKERS[args.kind](**config)
     load_state(model, state, args.file)
-    print(f"taken for a model of images with mean {config['mean']} and std {config['std']}"
+    print(f"taken for a model of {config['num_heads']} heads (no weight shows how many), of images with "
+          f"mean {config['mean']} and std {config['std']}"
           + (f", pretrained by {args.task.upper()}, norm_pix "
              f"{config['norm_pix']}" if args.kind == "autoencoder"
              else "; its classes: " + ", ".join(classes[:10]) + (" ..." if len(classes) > 10 else "")))

@@ -7,7 +7,7 @@
 By default two panels, a curve for each defense with the spread over its seeds; what has no sigma is a
 level line. --against-clean draws robust over clean accuracy, sigma along each curve: at the left one shot,
 at the right the worst of the three readings. --ladder draws accuracy over what the attacker knows, and
-apart from it ten tries, which is no knowledge; the faint bar there is what ten tries leave without any
+apart from it ten tries, which is no knowledge; faint is what each reading leaves without any
 attack. A defense has one color in all pictures. Rows of other images, another attack or other code than
 the table's last row are left out, and counted, and so are defenses that a picture does not show. Needs
 matplotlib (pip install matplotlib).
@@ -77,7 +77,7 @@ def style_of(name):
 
 def average(rows, column):
     """The mean of a column over rows; None where it is empty."""
-    values = [float(row[column]) for row in rows if row[column]]
+    values = [float(row[column]) for row in rows if row.get(column)]
     return mean(values) if values else None
 
 
@@ -168,14 +168,13 @@ def draw_ladder(path, defenses, title):
             panel.plot(heights, color=color, linestyle=line, marker=marker, markersize=8, linewidth=2,
                        label=label)
             panel.plot([apart], [average(rows, "ten_tries")], color=color, marker=marker, markersize=8)
-            if sigma:
-                without = average(rows, "clean_ten_tries")
-                panel.plot([apart - 0.15, apart + 0.15], [without] * 2, color=color, linestyle=line,
-                           alpha=0.4)
+            without = [average(rows, "clean")] * 3 + [average(rows, "clean_noise_known")]
+            panel.plot(without, color=color, linestyle=line, alpha=0.3)
+            panel.plot([apart - 0.15, apart + 0.15], [average(rows, "clean_ten_tries")] * 2, color=color,
+                       linestyle=line, alpha=0.3)
     panel.axvline(len(RUNGS) - 0.25, color="#999999", linewidth=1)
-    panel.set_xticks([*range(len(RUNGS)), apart], [*RUNGS.values(), "ten tries\n(faint: without\nan "
-                                                   "attack)"], fontsize=12)
-    panel.set_xlabel("the attacker knows more and more →", fontsize=12)
+    panel.set_xticks([*range(len(RUNGS)), apart], [*RUNGS.values(), "ten tries"], fontsize=12)
+    panel.set_xlabel("the attacker knows more and more →     (faint: without an attack)", fontsize=12)
     panel.set_ylabel("accuracy under attack (%)", fontsize=12)
     panel.set_ylim(-4, 104)
     panel.grid(alpha=0.3)

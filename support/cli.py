@@ -18,6 +18,7 @@ import torch.distributed as dist
 from model import SIZES, Block, UserError
 
 MAX_BATCH = {"large": 128, "huge": 64}  # the default of --max-batch; 256 for the other sizes
+FOR_GPUS = ("base", "large", "huge")  # sizes that a CPU takes days for
 
 
 # ---------------------------------------------------------------------------------- the arguments
@@ -117,6 +118,10 @@ def apply_recipe(args, recipes, special, device):
     for setting, value in recipes[name].items():
         if getattr(args, setting, None) is None:
             setattr(args, setting, value)
+    if args.size in FOR_GPUS and device.type == "cpu":
+        print(f"note: on a CPU a model of size {args.size} takes seconds for every image in each of "
+              f"{args.epochs} epochs; --size small trains on the same images at 32x32 pixels, in minutes",
+              flush=True)
     args.max_batch = args.max_batch or MAX_BATCH.get(args.size, 256)
     args.seed = args.seed or 0
     if args.bf16 is None:
@@ -193,6 +198,25 @@ def seed_everything(seed):
     torch.manual_seed(seed)
     np.random.seed(seed % 2**32)
     random.seed(seed)
+
+
+def random_state(device):
+    """The state of PyTorch's, NumPy's and Python's random numbers, which every draw changes."""
+    states = [torch.get_rng_state()]
+    if device.type == "cuda":
+        states.append(torch.cuda.get_rng_state(device))
+    _, numbers, position, *_ = np.random.get_state()
+    return [state.tolist() for state in (*states, numbers)], position, random.getstate()
+
+
+@contextlib.contextmanager
+def heard_warnings():
+    """Inside, warnings are not shown: the list that this gives holds the text of each, once."""
+    heard = []
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        yield heard
+    heard += dict.fromkeys(str(warning.message) for warning in caught)
 
 
 @contextlib.contextmanager

@@ -58,10 +58,7 @@ def read_image(path):
     """
     try:
         with Image.open(path, formats=FORMATS) as image:
-            if image.mode.startswith(("I", "F")):  # Pillow would clip them to white
-                raise OSError("it has more than 8 bits per channel")
-            if max(image.size) > LARGEST_ASPECT * min(image.size):
-                raise OSError(f"it is a strip of {image.width}x{image.height} pixels")
+            check_pillow_image(image)
             image.load()
     except Exception as error:  # Pillow's decoders raise many kinds
         reason = (str(error) or type(error).__name__).splitlines()[0]
@@ -71,6 +68,22 @@ def read_image(path):
         ImageOps.exif_transpose(image, in_place=True)  # turned before the rest of EXIF is looked at
     except Exception:  # a damaged EXIF raises many kinds: the image stays as it is
         pass
+    return as_rgb(image)
+
+
+def check_pillow_image(image):
+    """UserError for a PIL image that cannot be used as it is."""
+    if image.mode.startswith(("I", "F")):  # Pillow would clip them to white
+        raise UserError("it has more than 8 bits per channel")
+    if max(image.size) > LARGEST_ASPECT * min(image.size):
+        raise UserError(f"it is a strip of {image.width}x{image.height} pixels")
+
+
+def as_rgb(image):
+    """A PIL image of whatever mode as RGB, transparency laid on white; UserError for more than 8 bits."""
+    if image.mode == "RGB" and "transparency" not in image.info:
+        return image
+    check_pillow_image(image)
     has_alpha = image.mode in ("RGBA", "LA", "PA", "RGBa", "La")
     if has_alpha or "transparency" in image.info:
         white = Image.new("RGBA", image.size, "white")
@@ -84,6 +97,7 @@ def to_size(image, image_size):
     The short side becomes image_size, from 128 pixels on 256 for 224. What has the model's size already
     is taken as it is.
     """
+    image = as_rgb(image)
     if image.size != (image_size, image_size):
         short_side = image_size * 256 // 224 if image_size >= 128 else image_size
         image = center_crop(resize(image, short_side, InterpolationMode.BICUBIC), image_size)
@@ -142,7 +156,8 @@ def is_image(path, root):
 class Images(datasets.ImageFolder):
     """torchvision's ImageFolder without what systems add to folders; folders that are numbers count.
 
-    A real folder counts once, whatever links lead to it. left_out: the endings of the other files.
+    A real folder or file counts once, whatever links lead to it; folders whose names differ only in how
+    their accents are written (Macs write NFD) are one class. left_out: the endings of the other files.
     """
 
     def __init__(self, folder):
@@ -153,10 +168,10 @@ class Images(datasets.ImageFolder):
         by_file = {}
         for path, label in self.samples:
             folder, name = os.path.split(path)
-            by_file.setdefault((real[folder], name), (path, label))
+            real_path = os.path.realpath(path) if os.path.islink(path) else os.path.join(real[folder], name)
+            by_file.setdefault(real_path, (path, label))
         self.samples = self.imgs = list(by_file.values())
         self.targets = [label for _, label in self.samples]
-        self.classes = [unicodedata.normalize("NFC", name) for name in self.classes]  # Macs write NFD
 
     def is_valid(self, path):
         visible = not is_hidden(path, self.root)
@@ -170,8 +185,9 @@ class Images(datasets.ImageFolder):
         if not names:
             raise UserError(f"{directory} holds no class folder: images lie in "
                             f"{Path(directory).name}/<class>/")
-        names.sort(key=int if all(name.isdecimal() for name in names) else str)
-        return names, {name: number for number, name in enumerate(names)}
+        spelled = {name: unicodedata.normalize("NFC", name) for name in names}
+        classes = sorted(set(spelled.values()), key=int if all(name.isdecimal() for name in names) else str)
+        return classes, {name: classes.index(spelled[name]) for name in names}
 
 
 def open_folder(name, split):
@@ -379,6 +395,7 @@ class Transformed(Dataset):
 
     def __getitem__(self, index):
         image, label = self.dataset[index]
+        image = as_rgb(image)
         with torch.random.fork_rng(devices=[]):
             seed = (self.seed * 1_000_003 + self.epoch) * 1_000_000_007 + index
             torch.default_generator.manual_seed(seed % 2**63)  # the CPU's only

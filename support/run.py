@@ -22,6 +22,7 @@ import shlex
 import subprocess
 import sys
 import time
+import types
 import zipfile
 from pathlib import Path
 
@@ -36,6 +37,7 @@ NOT_SETTINGS = ("device", "workers", "out", "resume", "overwrite", "autoencoder"
 OF_TRAINING = ("training", "require_backward_grad_sync")  # attributes of a model that are no settings
 MAKERS = {"autoencoder": make_autoencoder, "classifier": make_classifier}
 STAGES = {"autoencoder": "pretrain.py", "classifier": "finetune.py"}
+TOP_LEVEL = ("model.py", "pretrain.py", "finetune.py", "defend.py", "attack.py", "test_all.py")
 
 
 # ------------------------------------------------------------------------------------ the code
@@ -64,22 +66,43 @@ def digest_of_code(text):
 
 
 _imported = {}  # {file: (the import it was read at, its digest)}
+_reloaded = set()  # names of modules that importlib.reload has made anew
 
 
 def note_imported_code():
     """Digest each file of the project that has just been imported, or imported anew (importlib.reload).
 
     A file that is edited later keeps the digest of the code that runs. Called when this module is
-    imported and when a stage begins, before anything slow.
+    imported and when a stage begins, before anything slow. UserError where another module still holds what a
+    reloaded one has replaced.
     """
+    modules = {}
     for module in list(sys.modules.values()):
         file = Path(getattr(module, "__file__", None) or "")
         if REPOSITORY not in (file.parent, file.parent.parent) or not file.exists():
             continue  # another project's
         name = file.relative_to(REPOSITORY).as_posix()
-        known_import, _ = _imported.get(name, (False, ""))
+        modules[name] = module
+        known_import, _ = _imported.get(name, (None, ""))
         if known_import is not module.__spec__:  # a reload makes a new one
             _imported[name] = module.__spec__, digest_of_code(file.read_text(encoding="utf-8"))
+            if known_import:
+                _reloaded.add(module.__name__)
+    outdated = sorted(name for name, module in modules.items() if _reloaded and holds_outdated(module))
+    if outdated:
+        raise UserError(f"{', '.join(outdated)} still hold what {', '.join(sorted(_reloaded))} held before it "
+                        "was reloaded: restart the kernel, or reload these, too")
+
+
+def holds_outdated(module):
+    """Whether a module has imported a class or function that a reload of its own module has replaced since."""
+    for value in list(vars(module).values()):
+        if not isinstance(value, (type, types.FunctionType)) or value.__module__ not in _reloaded:
+            continue
+        home = sys.modules[value.__module__]
+        if getattr(home, value.__name__, value) is not value:
+            return True
+    return False
 
 
 def digest_of_file(name):
@@ -97,12 +120,16 @@ def digest_of_files(names):
 
 
 def digest_of_code_of(files, model, *functions):
-    """One digest of these files and of the project's files that hold the classes of a model, and functions."""
+    """One digest of these files, of those that hold the classes of a model and these functions, and of yours.
+
+    Yours is every imported file beside the stages that is none of the project's.
+    """
     modules = {kind.__module__ for part in model.modules() for kind in type(part).__mro__}
     modules |= {getattr(function, "__module__", None) for function in functions}
     paths = [Path(getattr(sys.modules.get(name), "__file__", None) or "") for name in modules]
     own = {path.relative_to(REPOSITORY).as_posix() for path in paths if path.is_relative_to(REPOSITORY)}
-    return digest_of_files({*files, *own})
+    added = {name for name in _imported if "/" not in name and name not in TOP_LEVEL}
+    return digest_of_files({*files, *own, *added})
 
 
 def origin(command, files):
@@ -243,11 +270,12 @@ def find(args, kind):
     return saved
 
 
-def begin(args, kind, files, config, dataset, train, **more):
+def begin(args, kind, files, config, dataset, train, started_from=None, **more):
     """The checkpoint of a new run, of no epoch yet, in a folder that is now its own.
 
-    files: the code that decides the weights. dataset: a data.DataSet; train: its images. more: what the
-    later stages need besides. UserError if another process has just begun a run there.
+    files: the code that decides the weights. dataset: a data.DataSet; train: its images. started_from: the
+    checkpoint of the run whose weights it starts from; None: random ones. more: what the later stages need
+    besides. UserError if another process has just begun a run there.
     """
     if cli.rank() == 0:
         args.out.mkdir(parents=True, exist_ok=True)
@@ -264,6 +292,9 @@ def begin(args, kind, files, config, dataset, train, **more):
     settings = {name: plain(value) for name, value in vars(args).items() if name not in NOT_SETTINGS}
     images = train.tensors[0] if data.in_memory(train) else None
     about = facts(args.data, dataset, images, len(train))
+    if started_from and "digests" in started_from["data"]:  # its images have shaped these weights, too
+        own = about.get("digests", torch.empty(0, dtype=torch.long))
+        about["digests"] = torch.cat([own, started_from["data"]["digests"]]).unique()
     return dict(kind=kind, config=config, settings=settings, data=about, classes=train.classes, epoch=0,
                 epochs=args.epochs, log=[], made_by=[dict(origin(args.command, files), from_epoch=1)],
                 threads=torch.get_num_threads(), world_size=cli.world_size(), **more)
@@ -313,6 +344,14 @@ def restore(checkpoint, args, files, train, **parts):
         raise UserError(f"{args.out} was begun on {then} images of {len(classes)} classes, and {args.data} "
                         f"holds {len(train)} of {len(train.classes)} now (classes in only one of them: "
                         f"{differ or 'none'}): restore them, or train anew with --overwrite")
+    is_unfinished = checkpoint["epoch"] < checkpoint["epochs"]
+    if is_unfinished and data.in_memory(train) and "digests" in checkpoint["data"]:
+        before, now = checkpoint["data"]["digests"], data.digest_of_each(train.tensors[0])
+        new = int((~torch.isin(now, before)).sum())
+        if new:
+            print(f"note: {new} of the training images are others than when {args.out} was begun; both count as "
+                  "what it was trained on")
+            checkpoint["data"]["digests"] = torch.cat([before, now]).unique()
     if checkpoint["world_size"] != cli.world_size():
         print(f"note: {args.out} was trained by {checkpoint['world_size']} process(es) and goes on with "
               f"{cli.world_size()}: other noise than in an uninterrupted run")
@@ -324,7 +363,7 @@ def restore(checkpoint, args, files, train, **parts):
     write_log(args.out, checkpoint)  # a kill between the two files leaves its last row out
     checkpoint["settings"]["data"] = checkpoint["data"]["name"] = args.data  # may have moved
     now = origin(args.command, files)
-    if now["code"] != checkpoint["made_by"][-1]["code"] and checkpoint["epoch"] < checkpoint["epochs"]:
+    if is_unfinished and now["code"] != checkpoint["made_by"][-1]["code"]:
         checkpoint["made_by"].append(dict(now, from_epoch=checkpoint["epoch"] + 1))
         say_made_by_other_code({args.out: checkpoint})
 

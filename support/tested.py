@@ -111,12 +111,17 @@ def load_run(folder, autoencoder_of, device):
     classifier, checkpoint = run.load(folder, "classifier", device)
     if not autoencoder_of and not checkpoint["autoencoder"]:
         return classifier, checkpoint, None, None
-    return classifier, checkpoint, *run.load(autoencoder_of or folder, "autoencoder", device)
+    autoencoder, pretraining = run.load(autoencoder_of or folder, "autoencoder", device)
+    if pretraining["data"]["name"] != checkpoint["data"]["name"]:
+        print(f"note: the autoencoder in front of {folder} was trained on {pretraining['data']['name']}, the "
+              f"classifier on {checkpoint['data']['name']}")
+    return classifier, checkpoint, autoencoder, pretraining
 
 
 def load_entries(args, device, votes=1):
     """What the flags ask for: a list of Entry on the device. Fills in --data, --out and --max-batch."""
     run.note_imported_code()
+    cli.seed_everything(args.seed)  # a defense may draw when it is made
     if args.defense:
         cli.refuse(args, ["sigma"], "beside --defense, which takes levels, as de3:50")
     loaded = {folder: load_run(folder, args.autoencoder, device) for folder in args.runs}
@@ -181,8 +186,12 @@ def load_test_images(args, entries, device):
     images, labels, classes = data.load_images(args.data, args.split, first["config"]["image_size"],
                                                first["classes"], args.images)
     digests, args.trained_on = data.digest_of_each(images), 0
-    for folder, facts in {entry.folder: entry.checkpoint["data"] for entry in entries}.items():
-        seen = int(torch.isin(digests, facts["digests"]).sum()) if "digests" in facts else 0
+    if args.split == "train":
+        print("note: these are training images")
+    for folder, checkpoint in {entry.folder: entry.checkpoint for entry in entries}.items():
+        parts = [checkpoint, checkpoint["autoencoder"]] if checkpoint["autoencoder"] else [checkpoint]
+        known = [part["data"]["digests"] for part in parts if "digests" in part["data"]]
+        seen = int(torch.isin(digests, torch.cat(known)).sum()) if known else 0
         if seen:
             print(f"note: {seen} of {len(images)} test images are training images of {folder}")
         args.trained_on = max(args.trained_on, seen)

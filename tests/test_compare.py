@@ -156,7 +156,8 @@ class TestCompare(WithSmallTable):
             self.assertEqual(row["run"], (self.folder / made).as_posix())
             self.assertEqual((row["data"], row["commit"], row["images"]),
                              (str(photos()), run_module.commit(), "6"))
-            self.assertRegex(result.out, rf"\n{row['defense']} +{row['level']} +{row['clean'][:-1]} ")
+            clean = f"{float(row['clean']):.1f}"
+            self.assertRegex(result.out, rf"\n{row['defense']} +{row['level']} +{clean} ")
         with mock.patch.object(compare, "measure", side_effect=AssertionError):
                 again = finished(self.compare())
         tables_printed = [out.partition("\n6 val images")[2] for out in (again.out, result.out)]
@@ -347,7 +348,7 @@ class TestReadings(unittest.TestCase):
             with mock.patch.object(compare, "pgd", wraps=compare.pgd) as attacks, \
                     mock.patch.object(compare, "strong_pgd", wraps=compare.strong_pgd) as strong_attacks:
                 compare.measure(defense, images[:9], labels[:9], 0.05, 1, 5, 2, 0, batch=9, every=3)
-            self.assertEqual(len(strong_attacks.call_args_list), 0 if sigma else 3)  # and twice in L2
+            self.assertEqual(len(strong_attacks.call_args_list), 3)  # known noises; or L∞, and twice L2
             calls = attacks.call_args_list + strong_attacks.call_args_list
             seen = {call.args[0] is model: set() for call in calls}
             for call in calls:
@@ -385,10 +386,9 @@ class TestReadings(unittest.TestCase):
         """And the attacker's: each of three noises is drawn once, fixed, and attacked without EOT."""
         model, (images, labels) = linear_on_digits()
         defense = NoiseOnly(None, model, 100)
-        with mock.patch.object(compare, "pgd", wraps=compare.pgd) as attacks:
+        with mock.patch.object(compare, "strong_pgd", wraps=compare.strong_pgd) as attacks:
             compare.measure(defense, images[:6], labels[:6], 0.05, 0, steps=4, eot=2, seed=0, batch=3)
-        attacks = [call for call in attacks.call_args_list
-                   if getattr(call.args[0], "noise", None) is not None]
+        attacks = attacks.call_args_list
         noises = [call.args[0].noise for call in attacks]  # two batches each
         self.assertEqual([noise.shape for noise in noises], [images[0].shape] * 2 * compare.KNOWN_NOISES)
         self.assertEqual(len({id(noise) for noise in noises}), compare.KNOWN_NOISES)
@@ -396,7 +396,8 @@ class TestReadings(unittest.TestCase):
         self.assertFalse(torch.equal(noises[0], noises[2]))
         for call in attacks:
             self.assertFalse(call.args[0].is_random)
-            self.assertEqual((call.kwargs["steps"], call.kwargs.get("eot", 1)), (8, 1))
+            self.assertEqual((call.kwargs["steps"], call.kwargs.get("eot", 1)), (4, 1))
+            self.assertTrue(call.kwargs["early_stop"])
         self.assertIsNone(defense.noise)  # the defense itself stays random
 
     def test_compiled(self):

@@ -160,7 +160,7 @@ class TestFolder(unittest.TestCase):
                 finished(run("finetune", "--mode", "de3", *flags, "--autoencoder", photo_autoencoder(),
                              *training(), "--workers", 0, "--out", new_folder()))
             batch, looks = [False] * attack_steps + [True], [False] * 4  # memory and file, each twice
-            self.assertEqual(modes, looks + 3 * batch + looks + [False])  # the last on held-out images
+            self.assertEqual(modes, looks + 3 * batch + looks + [False] * 2)  # the last on held-out images
 
     def test_starts_from_the_encoder(self):
         """With a learning rate of nearly zero the encoder's weights are still there."""

@@ -6,10 +6,14 @@ import json
 import os
 import re
 import sys
+import textwrap
 import unittest
 from unittest import mock
 
-from tests.helpers import REPOSITORY
+import torch
+
+from attack import input_gradient, pgd
+from tests.helpers import REPOSITORY, assert_near, random_images, small_classifier
 
 try:
     import matplotlib
@@ -43,6 +47,20 @@ class TestLesson(unittest.TestCase):
         for name, value in quoted:
             with self.subTest(name):
                 self.assertAlmostEqual(names["figures"][name], int(value), delta=TOLERANCE)
+
+    def test_attack_for_a_slide(self):
+        """The few lines of PGD in the answers find exactly what pgd finds without a random start."""
+        text = cells("markdown")[-1].partition("def my_pgd")[2].partition("return x")[0]
+        lines = textwrap.dedent(f"       def my_pgd{text}return x")
+        self.assertLessEqual(len(lines.splitlines()), 7)
+        names = dict(input_gradient=input_gradient, torch=torch)
+        exec(lines, names)
+        model, images = small_classifier(), random_images(6, 3, 16, 16)
+        labels = model(images).argmax(1)
+        for eps in (0.02, 0.3):
+            expected = pgd(model, images, labels, eps, steps=20, random_start=False)
+            assert_near(names["my_pgd"](model, images, labels, eps), expected, atol=1e-6)
+            self.assertGreater((expected - images).abs().max(), 0.9 * eps)
 
     def test_kept_outputs(self):
         """Every code cell was run, in order, and shows what it found; every step asks a question."""

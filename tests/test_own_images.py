@@ -220,7 +220,7 @@ class TestWhatMayChange(unittest.TestCase):
         return images, out, flags
 
     def test_images_that_come_and_go(self):
-        """Between two starts: refused with both numbers; with as many images as before the run goes on."""
+        """Between two starts: refused with both numbers; with as many images the run goes on, and all count."""
         def remove(images):
             (images / "train/red/3.png").unlink()
 
@@ -232,7 +232,7 @@ class TestWhatMayChange(unittest.TestCase):
             (images / "train/red/new.png").unlink(missing_ok=True)
 
         def replace(images):
-            shutil.copy(images / "train/red/3.png", images / "train/red/4.png")
+            shutil.copy(images / "val/red/3.png", images / "train/red/4.png")
         images, out, _ = self.start()
         resume = ("pretrain", "--out", out, "--resume", "--workers", 0)
         before = (out / "checkpoint.pt").read_bytes()
@@ -243,7 +243,8 @@ class TestWhatMayChange(unittest.TestCase):
             restore(images)
         self.assertEqual((out / "checkpoint.pt").read_bytes(), before)
         replace(images)
-        finished(run(*resume))
+        self.assertIn("note: 1 of the training images are others than when", finished(run(*resume)).out)
+        self.assertEqual(len(saved(out)["data"]["digests"]), 25)
         self.assertEqual([row["epoch"] for row in read_csv(out / "log.csv")], ["1", "2"])
 
     def test_damaged_image(self):

@@ -1,5 +1,6 @@
 """The settings of `pgd`: the ball holds under all of them, more of each is not weaker; its warnings."""
 
+import random
 import unittest
 import warnings
 from unittest import mock
@@ -290,6 +291,19 @@ class TestPgdOptions(unittest.TestCase):
         self.assertEqual((share.dtype, best.dtype), (torch.float32, torch.float32))
 
 
+    def test_scored_in_float32(self):
+        """Also where the attack computes in bfloat16, whose rounding would decide close calls."""
+        dtypes = []
+        hook = self.model.register_forward_hook(lambda module, x, logits: dtypes.append(logits.dtype))
+        self.addCleanup(hook.remove)
+        with torch.autocast("cpu", torch.bfloat16):
+            x = pgd(self.model, self.images, self.labels, 0.03, 2)
+            self.assertEqual(set(dtypes), {torch.bfloat16})
+            dtypes.clear()
+            attack.accuracy(self.model, x, self.labels)
+        self.assertEqual(set(dtypes), {torch.float32})
+
+
 class Detached(nn.Module):
     def forward(self, x):
         return Linear((3, 16, 16))(x.detach())
@@ -456,13 +470,18 @@ class TestPgdWarnings(unittest.TestCase):
 
 class TestNeedsEot(unittest.TestCase):
     def test_random_model(self):
-        """A model says so, or two calls on the images differ; rounding is no difference."""
-        class Dithers(nn.Module):
+        """A model says so, it draws a number, or two calls on the images differ by more than rounding."""
+        class Changes(nn.Module):
+            calls = 0
+
             def forward(self, x):
-                return x.flatten(1) + self.amount * torch.rand_like(x.flatten(1))
-        model, images = Dithers(), random_images()
+                self.calls += 1
+                return x.flatten(1) + self.amount * self.calls
+        model, images = Changes(), random_images()
         for model.amount, expected in ((0.1, True), (1e-6, False), (0.0, False)):
             self.assertEqual(attack.needs_eot(model, images), expected)
+        for draw in (torch.rand, lambda size: np.random.rand(), lambda size: random.random()):
+            self.assertTrue(attack.needs_eot(lambda x: x.flatten(1) + 1e-9 * draw(1), images))
         for sigma in (0, 50):
             self.assertEqual(attack.needs_eot(NoiseOnly(None, nn.Flatten(), sigma), images), sigma == 50)
         self.assertTrue(attack.needs_eot(nn.Sequential(nn.Dropout(0.5), nn.Flatten()), images))

@@ -1,16 +1,26 @@
 """No wrong number without a word: what somebody who edits the code would not notice."""
 
+import os
+import shutil
+import subprocess
+import sys
+import unicodedata
 import unittest
 from unittest import mock
 
+import numpy as np
 import torch
+from PIL import Image
 
 import attack
+import defend
 import pretrain
-from model import DEFENSES, De3, NoiseScale, UserError
+from model import DEFENSES, De3, NoiseOnly, NoiseScale, UserError
+from studies import compare
 from support import cli, data, run, training
-from tests.helpers import (assert_refused, finished, linear_on_digits, new_folder, photo_autoencoder, photo_flags,
-                           photos, random_images, small_autoencoder, small_classifier)
+from tests.helpers import (REPOSITORY, assert_refused, copy_of_photos, finished, linear_on_digits, new_folder,
+                           photo_autoencoder, photo_flags, photos, random_images, read_csv, small_autoencoder,
+                           small_classifier)
 from tests.helpers import run as run_stage
 from tests.helpers import training as short
 
@@ -115,6 +125,186 @@ class TestSilent(unittest.TestCase):
         second = draw()
         cli.seed_everything(3)
         self.assertEqual((draw(), draw()), (first, second))
+
+
+class Coin(torch.nn.Module):
+    """Adds noise once in a hundred calls."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, images):
+        return self.model(images + torch.randn_like(images) if torch.rand(()) < 0.01 else images)
+
+
+class ByPlace(Coin):
+    """The same noise at every call; which image gets which depends on its place in the batch."""
+
+    def forward(self, images):
+        noise = torch.randn(images.shape, generator=torch.Generator().manual_seed(0))
+        return self.model((images + noise).clamp(0, 1))
+
+
+class DrawnWhenMade(NoiseOnly):
+    """Multiplies by a mask that NumPy draws when the defense is made."""
+
+    def __init__(self, *parts, **settings):
+        super().__init__(*parts, **settings)
+        self.register_buffer("mask", torch.from_numpy(np.random.rand(3, 1, 1)).float())
+
+    def purify(self, images):
+        return images * self.mask
+
+
+def greedy(model, images, labels, eps, **settings):
+    """An attack that changes the images it is given."""
+    images += eps
+    return images.clamp_(0, 1)
+
+
+class TestKinds(unittest.TestCase):
+    """Situations that ended in a wrong number without a word, one of each kind."""
+
+    def test_part_of_the_images(self):
+        """What is read on one image in four is read on every class, as the whole is."""
+        seen = []
+
+        def tries(model, images, labels, batch, random):
+            seen.append(labels)
+            return torch.ones(1, len(labels))
+        labels = torch.tensor([0, 1, 2, 3] * 10)
+        labels = labels[data.choose(labels)]
+        model = NoiseOnly(None, small_classifier(num_classes=4), 20)
+        with mock.patch.object(compare, "tries", tries), mock.patch("builtins.print"):
+            compare.measure(model, random_images(40, 3, 16, 16), labels, 0.1, 0, 1, 1, 0, 40, every=4)
+        counts = [labels.bincount().tolist() for labels in seen]
+        self.assertEqual(counts[0], [10] * 4)
+        self.assertIn([3, 3, 2, 2], counts)
+
+    def test_images_stay(self):
+        """An attack, or a defense, that changes its images in place changes no other row, and leaves the ball."""
+        before = random_images()
+        images = before.clone()
+
+        def spoil(x, labels):
+            return x.zero_().amax((1, 2, 3))
+        attack.in_batches(spoil, images, torch.zeros(4), 2)
+        attack.accuracy(lambda x: x.zero_()[:, :, 0, 0], images, torch.zeros(4, dtype=torch.long), draws=2)
+        self.assertTrue(torch.equal(images, before))
+        row = attack.Attack(lambda model, images, labels, eps, **settings: greedy(model, images, labels, 2 * eps))
+        with mock.patch.dict(attack.ATTACKS, pgd=row):
+            result = run_stage("attack", "assets/digits/clean", "--attack", "pgd", "--images", 6, "--eps", "8/255",
+                               "--out", new_folder())
+        assert_refused(result, "left the ball")
+
+    def test_reloaded_module(self):
+        """Others still hold what it was: refused until they are reloaded, too."""
+        script = (
+            "import importlib, attack, model\n"
+            "command = ['assets/digits/clean', '--images', '3', '--attack', 'fgsm', '--eps', '8/255',"
+            f" '--device', 'cpu', '--out', {str(new_folder())!r}]\n"
+            "importlib.reload(model)\n"
+            "try:\n"
+            "    attack.main(command)\n"
+            "except ValueError as error:\n"
+            "    print(error)\n")
+        done = subprocess.run([sys.executable, "-c", script], cwd=REPOSITORY, text=True, capture_output=True,
+                              timeout=100, env={**os.environ, "OMP_NUM_THREADS": "1"})
+        self.assertIn("attack.py, support/", done.stdout, done.stderr)
+        self.assertIn("still hold what model held before it was reloaded", done.stdout)
+
+    def test_file_of_ones_own(self):
+        """What it holds counts in a row's code, whatever imports it."""
+        model = small_classifier()
+        before = run.digest_of_code_of(["model.py"], model)
+        with mock.patch.dict(run._imported, {"my_losses.py": (None, "0123456789ab")}):
+            self.assertNotEqual(run.digest_of_code_of(["model.py"], model), before)
+        with mock.patch.dict(run._imported, {"studies/mine.py": (None, "0123456789ab")}):
+            self.assertEqual(run.digest_of_code_of(["model.py"], model), before)
+
+    def test_palette(self):
+        """A PIL image is read by its colors, whoever opened it, and not by the numbers of its palette."""
+        image = Image.new("P", (32, 32), 7)
+        image.putpalette([0] * 21 + [200, 100, 50] + [0] * 744)
+        for read in (data.to_size(image, 32), data.as_rgb(image)):
+            pixels = np.asarray(read) if isinstance(read, Image.Image) else read.permute(1, 2, 0).numpy()
+            self.assertEqual(pixels[3, 4].tolist(), [200, 100, 50])
+        with self.assertRaisesRegex(UserError, "8 bits"):
+            data.to_size(Image.new("I", (32, 32)), 32)
+
+    def test_images_of_the_run_it_starts_from(self):
+        """Have shaped the weights, too: a test on them is noticed."""
+        folder = copy_of_photos()
+        flags = ("--size", "tiny", "--mode", "clean", "--from-scratch", "--workers", 0)
+        first, second = new_folder(), new_folder()
+        finished(run_stage("finetune", "--data", folder, *flags, *short(1), "--out", first))
+        for split, other in (("train", "old"), ("val", "train"), ("old", "val")):
+            (folder / split).rename(folder / other)
+        finished(run_stage("finetune", "--data", folder, "--size", "tiny", "--mode", "clean", "--init", first,
+                           "--workers", 0, *short(1), "--out", second))
+        result = finished(run_stage("attack", second, "--attack", "fgsm", "--eps", "1/255", "--images", 24))
+        self.assertIn("note: 24 of 24 test images are training images", result.out)
+
+    def test_drawn_when_it_is_made(self):
+        """By the same seed always the same."""
+        weights = []
+        with mock.patch.dict(DEFENSES, drawn=DrawnWhenMade):
+            for seed in (1, 1, 2):
+                out = new_folder()
+                finished(run_stage("attack", "assets/digits/clean", "--defense", "drawn:20", "--images", 4, "--attack",
+                                   "fgsm", "--eps", "8/255", "--seed", seed, "--out", out))
+                weights.append(read_csv(out / "attack.csv")[0]["weights"])
+        self.assertEqual(weights[0], weights[1])
+        self.assertNotEqual(weights[0], weights[2])
+
+    def test_what_needs_draws(self):
+        """Whatever draws a number, however seldom it matters, and what depends on an image's place."""
+        classifier, images = small_classifier(), random_images()
+        wrapped = torch.nn.Sequential(De3(small_autoencoder(), classifier, 0))
+        for model, expected in ((classifier, False), (wrapped, False), (Coin(classifier), True),
+                                (ByPlace(classifier), True)):
+            self.assertEqual(attack.needs_eot(model, images), expected, model)
+
+    def test_one_answer(self):
+        """Every stage and study that prints an accuracy says so."""
+        out = new_folder()
+        always = small_classifier(image_size=32, num_classes=3)
+        torch.nn.init.zeros_(always.head.weight)
+        with mock.patch("finetune.run.build_whole", return_value=always), \
+                mock.patch.object(run, "check"):
+            result = finished(run_stage("finetune", "--autoencoder", photo_autoencoder(), "--mode", "clean",
+                                        *short(1), "--workers", 0, "--out", out))
+        self.assertRegex(result.out, "answers .* for all 24 images")
+
+    def test_one_name_in_two_spellings(self):
+        """Of a class folder, within a split: one class."""
+        folder = copy_of_photos()
+        name = "caf\N{LATIN SMALL LETTER E WITH ACUTE}"
+        for spelling, source in (("NFC", "red"), ("NFD", "green")):
+            (folder / "train" / source).rename(folder / "train" / unicodedata.normalize(spelling, name))
+        images = data.open_folder(folder, "train")
+        self.assertEqual(images.classes, ["blue", name])
+        self.assertEqual(torch.tensor(images.targets).bincount().tolist(), [8, 16])
+
+    def test_links_and_doubles(self):
+        """Each real file counts once."""
+        folder = copy_of_photos()
+        red = folder / "train" / "red"
+        for number in range(3):
+            (red / f"latest{number}.png").symlink_to(red / "0.png")
+        self.assertEqual(len(data.open_folder(folder, "train")), 24)
+        found = defend.find_photos([folder / "train", red, red / "1.png"])
+        self.assertEqual(len(found), 24)
+
+    def test_kept_row_keeps_its_warning(self):
+        out = new_folder()
+        command = ("attack", "assets/digits/clean", "--images", 4, "--attack", "pgd", "--eps", "16/255", "--steps", 2,
+                   "--step-size", "1/255", "--out", out)
+        first, second = finished(run_stage(*command)), finished(run_stage(*command))
+        self.assertIn("kept", second.out)
+        for result in (first, second):
+            self.assertIn("cannot cross the ball", result.err)
 
 
 if __name__ == "__main__":

@@ -108,7 +108,7 @@ class TestRows(unittest.TestCase):
         for flags in (["--step-size", "2/255"], ["--steps", 7]):
             result = finished(run("attack", folder / "de3", "--sigma", 50, "--images", 6, "--attack", "fgsm",
                                   "pgd+eot", "--eot", 3, "--eps", 0, *flags, "--out", out))
-            shown = re.findall(r"\nde3, σ = 50 +0/255 +(fgsm|pgd\+eot) +(\d+) +(\d+) ", result.out)
+            shown = re.findall(r"\nde3, σ = 50 +0/255 +(fgsm|pgd\+eot) +ce +(\d+) +(\d+) +1 ", result.out)
             self.assertEqual(shown, [("fgsm", "1", "1"),
                                      ("pgd+eot", "7" if flags == ["--steps", 7] else "20", "3")])
         rows = [row for row in read_csv(out / "attack.csv") if row["attack"] == "pgd+eot"]
@@ -148,7 +148,7 @@ class TestRows(unittest.TestCase):
             refused = run("attack", photo_classifier("clean"), "--attack", "fgsm", "--images", 4, "--eps",
                           "8/255", "--workers", 0, "--out", new_folder())
         assert_refused(refused, "could not save")
-        self.assertRegex(refused.out, r"clean +8/255 +fgsm +1 +1 +[\d.]+ \[")
+        self.assertRegex(refused.out, r"clean +8/255 +fgsm +ce +1 +1 +1 +[\d.]+ \[")
 
     def test_rows_say_where_they_come_from(self):
         """Commit, code, weights (autoencoder included), data and the pixels that were attacked."""
