@@ -40,6 +40,10 @@ def arguments(argv=None):
     args = cli.parse(parser, argv)
     if args.photos:
         cli.refuse(args, ["split", "eps", "steps", "eot"], "for photos")
+        taken_for_photos = [path for path in args.photos if (path / "checkpoint.pt").exists()]
+        if taken_for_photos or args.runs == list(map(Path, tested.DEFAULT_RUNS)):
+            raise UserError("photographs need a run, in front of --photos: python defend.py "
+                            f"{taken_for_photos[0] if taken_for_photos else 'RUN'} --photos ...")
     args.steps, args.eot = args.steps or 20, args.eot or 8
     return args
 
@@ -76,30 +80,34 @@ def classify_photos(args, entries, folder, device):
     except OSError as error:
         print(f"note: nothing is kept ({error}): name a folder with --out")
         folder = None
-    rows, problems = [], []
+    rows, problems, read = [], [], []
     for number, path in enumerate(find_photos(args.photos), start=1):
         try:
-            image = data.as_floats(data.to_size(data.read_image(path), image_size))[None].to(device)
+            pixels = data.to_size(data.read_image(path), image_size)
         except UserError as error:
             problems.append(error)
             continue
+        read.append(pixels)
+        image = data.as_floats(pixels)[None].to(device)
         for entry in entries:
             cli.seed_everything(args.seed)
             probabilities = entry.model(image).float().softmax(1)[0]
             shares, labels = probabilities.topk(min(LIKELY, len(classes)))
             answers = [f"{classes[label]} {100 * share:.1f}%" for share, label in zip(shares.tolist(), labels)]
             print(f"{path}  {entry.name}: {', '.join(answers[:3])}")
-            rows.append(dict(photo=path, folder=path.absolute().parent.name, defense=entry.name,
-                             answer=classes[labels[0]], likely="; ".join(answers)))
+            name = ""
             if entry.defense is not None and folder:
                 cli.seed_everything(args.seed)  # the picture shows the draw that was classified
                 level = entry.level.replace("σ = ", "sigma").replace(" ", "")
                 name = f"{number:04}_{path.stem}_{Path(entry.folder).name}_{level}.png"
                 save_image(entry.defense.purify(image), folder / "purified" / name)
+            rows.append(dict(photo=path, folder=path.absolute().parent.name, defense=entry.name,
+                             answer=classes[labels[0]], likely="; ".join(answers), purified=name))
     if not rows:
         raise problems[0]
     for problem in problems:
         print(f"note: {problem}")
+    tested.count_trained_on(entries, torch.stack(read))
     for entry in entries:
         print_confusion(entry.name, classes, [row for row in rows if row["defense"] == entry.name])
     if folder:
@@ -115,16 +123,19 @@ def print_confusion(name, classes, rows):
     """Accuracy, and how often each class was taken for which, of photographs whose folder names their class."""
     known = [row for row in rows if row["folder"] in classes]
     if not known:
+        print(f"\n{name}: no accuracy, for no folder is named as a class ({', '.join(classes[:5])}"
+              f"{' ...' if len(classes) > 5 else ''})")
         return
     right = sum(row["folder"] == row["answer"] for row in known)
-    print(f"\n{name}: {100 * right / len(known):.1f}% of {len(known)} photographs in folders named as classes\n"
-          "rows: the folder; columns: the answer")
+    percent_right = 100 * right / len(known)
+    print(f"\n{name}: {report.interval(percent_right, len(known)).strip()} % of {len(known)} photographs in folders "
+          "named as classes are right\nrows: the folder; columns: the answer")
     shown = [one for one in classes if any(one in (row["folder"], row["answer"]) for row in known)]
-    width = max(map(len, shown))
-    print(" " * width + "".join(f"  {one[:6]:>6}" for one in shown))
+    width = max(6, *map(len, shown))
+    print(" " * width + "".join(f"  {one:>{width}}" for one in shown))
     for one in shown:
         counts = [sum((row["folder"], row["answer"]) == (one, other) for row in known) for other in shown]
-        print(f"{one:{width}}" + "".join(f"  {count:6}" for count in counts))
+        print(f"{one:{width}}" + "".join(f"  {count:{width}}" for count in counts))
 
 
 def print_clean_accuracy(args, entries, images, labels, classes):
@@ -132,7 +143,7 @@ def print_clean_accuracy(args, entries, images, labels, classes):
     total, width = len(images), max(len(entry.name) for entry in entries)
     images, labels = tested.own_share(images, labels)
     print(f"{total} {args.split} images of {args.data}, votes {args.votes}, seed {args.seed}\n\n"
-          f"{'run and level':{width}}  clean accuracy %  PSNR dB  images/s")
+          f"{'run and level':{width}}  {'clean accuracy % [95%]':>22}  PSNR dB  images/s")
     for entry in entries:
         cli.seed_everything(args.seed)
         started = time.perf_counter()
@@ -144,7 +155,8 @@ def print_clean_accuracy(args, entries, images, labels, classes):
                 decibels = in_batches(lambda x, y: report.psnr(entry.defense.purify(x), x), images, labels,
                                       args.max_batch)
             quality = f"{percent(decibels) / 100:.2f}"
-        print(f"{entry.name:{width}}  {correct:16.1f}  {quality:>7}  {total / seconds:8.0f}", flush=True)
+        print(f"{entry.name:{width}}  {report.interval(correct, total):>22}  {quality:>7}  {total / seconds:8.0f}",
+              flush=True)
         say_one_answer(entry.name, entry.model, images, labels, classes, args.max_batch)
 
 

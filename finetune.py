@@ -159,7 +159,7 @@ def main(argv=None):
         pretraining = saved["autoencoder"]
         autoencoder = run.build(pretraining, device)
     args.data = args.data or "digits"
-    dataset = data.about(args.data)
+    dataset = data.about(args.data, pretraining["settings"]["size"] if pretraining else args.size)
     if saved is None:
         settle(args, pretraining, dataset, device)
 

@@ -105,7 +105,7 @@ def main(argv=None):
     args.out = args.out or Path("runs", data.short_name(args.data or "digits"), args.task or "nim")
     saved = run.find(args, "autoencoder")  # None: a new run; else what --resume goes on with
     args.data, args.task = args.data or "digits", args.task or "nim"
-    dataset = data.about(args.data)
+    dataset = data.about(args.data, args.size)
     if saved is None:
         settle(args, dataset, device)
     nim = args.task == "nim"

@@ -22,6 +22,7 @@ import hashlib
 import math
 import os
 import unicodedata
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from statistics import median
@@ -36,7 +37,7 @@ from torchvision import datasets
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.functional import center_crop, pil_to_tensor, resize
 
-from model import IMAGENET_MEAN, IMAGENET_STD, UserError, check_images
+from model import IMAGENET_MEAN, IMAGENET_STD, SIZES, UserError, check_images
 from support import cli, training
 
 DIGITS_FILE = Path(__file__).parents[1] / "assets" / "digits.npz"
@@ -45,6 +46,7 @@ HELDOUT_IMAGES = 1000  # validation images, at most, on which the training stage
 FORMATS = ("JPEG", "PNG", "BMP", "PPM", "TIFF", "WEBP")  # for some others Pillow starts external programs
 EXTENSIONS = tuple(ending for ending, name in Image.registered_extensions().items() if name in FORMATS)
 LARGEST_ASPECT = 50  # of an image: a longer strip would be enlarged to gigabytes
+SHOWN = 5  # of files that cannot be read: how many are named
 SPLITS = ("train", "val", "test")
 HIDDEN = (".", "__MACOSX", "@eaDir")  # prefixes of what systems add to folders
 
@@ -60,6 +62,8 @@ def read_image(path):
         with Image.open(path, formats=FORMATS) as image:
             check_pillow_image(image)
             image.load()
+    except FileNotFoundError:
+        raise UserError(f"there is no file {path}") from None
     except Exception as error:  # Pillow's decoders raise many kinds
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise UserError(f"cannot read image {path} ({reason}): replace or remove it; {', '.join(FORMATS)} "
@@ -161,7 +165,7 @@ class Images(datasets.ImageFolder):
     """
 
     def __init__(self, folder):
-        self.left_out = set()
+        self.left_out = Counter()
         super().__init__(folder, loader=read_image, is_valid_file=self.is_valid)
         folders = {os.path.dirname(path) for path, _ in self.samples}
         real = {folder: os.path.realpath(folder) for folder in folders}
@@ -176,7 +180,7 @@ class Images(datasets.ImageFolder):
     def is_valid(self, path):
         visible = not is_hidden(path, self.root)
         if visible and not is_image(path, self.root):
-            self.left_out.add(Path(path).suffix.lower() or "(no ending)")
+            self.left_out[Path(path).suffix.lower() or "(no ending)"] += 1
         return is_image(path, self.root)
 
     def find_classes(self, directory):
@@ -193,6 +197,8 @@ class Images(datasets.ImageFolder):
 def open_folder(name, split):
     """One split of a folder as a data set of PIL images; UserError where there is none."""
     folder = Path(name) / split
+    if Path(name).is_file():
+        raise UserError(f"{name} is a file: unpack it, and name the folder that holds train/ and val/")
     if not folder.is_dir():
         raise UserError(f"no folder {folder}: --data takes {', '.join(DATASETS)}, or a folder with "
                         "train/<class>/ and val/<class>/ in it; if it has moved, say where with --data")
@@ -227,8 +233,7 @@ class DataSet(NamedTuple):
 
 PAPER = dict(size="base", pretrain_sigma="gamma:25,3", finetune_sigma="uniform:0,30",
              test_sigmas=(0, 35, 70, 140), eps=4 / 255, attack_eps=(4 / 255, 8 / 255),
-             mean=IMAGENET_MEAN, std=IMAGENET_STD,  # the augmentations are for --size small
-             pretrain_augment=training.crop_and_flip, finetune_augment=training.crop_and_flip)
+             mean=IMAGENET_MEAN, std=IMAGENET_STD)
 COLOR = dict(size="small", pretrain_sigma="gamma:10,8", finetune_sigma="uniform:0,60",
              test_sigmas=(0, 50, 100), eps=4 / 255, attack_eps=(4 / 255, 8 / 255),
              mean=(0.4914, 0.4822, 0.4465), std=(0.2470, 0.2435, 0.2616),
@@ -253,10 +258,11 @@ def short_name(dataset):
     return Path(dataset).name
 
 
-def about(dataset):
-    """The DataSet of a name; a folder is one of photographs (ImageNet's recipe) or of small images.
+def about(dataset, size=None):
+    """The DataSet of a name; a folder is one of photographs (the paper's noise and recipe) or of small images.
 
-    The median of 25 of its training images, evenly spread, decides, and what was decided is said.
+    size: of the model, if it is known: it decides. Else the median of 25 training images, evenly spread, does.
+    What was decided is said.
     """
     if dataset in DATASETS:
         return DATASETS[dataset]
@@ -264,9 +270,12 @@ def about(dataset):
     few = [images.samples[i * len(images) // 25][0] for i in range(25)]  # some twice, of fewer
     sides = [read_image(path).size for path in few]
     width, height = (round(median(side[axis] for side in sides)) for axis in (0, 1))
-    row = COLOR if max(width, height) <= SMALL else PAPER
-    print(f"{dataset}: {len(images):,} training images of {width}x{height} (the median), "
-          f"{len(images.classes)} classes: size {row['size']} unless --size says otherwise")
+    is_small = SIZES[size]["image_size"] <= SMALL if size else max(width, height) <= SMALL
+    row = COLOR if is_small else PAPER
+    size = size or row["size"]
+    pixels = SIZES[size]["image_size"]
+    print(f"{dataset}: {len(images):,} training images of about {width}x{height} pixels, {len(images.classes)} "
+          f"classes; size {size}: each is taken as {pixels}x{pixels}")
     return DataSet(lambda split, image_size: open_folder(dataset, split), **row)
 
 
@@ -295,10 +304,10 @@ def open_split(dataset, split, image_size):
     labels = labels_of(opened)
     if labels.dtype != torch.long or not 0 <= labels.min() <= labels.max() < len(opened.classes):
         raise UserError(f"{dataset}: labels must be class numbers (long) from 0 to {len(opened.classes) - 1}")
-    left_out = getattr(opened, "left_out", ())
+    left_out = getattr(opened, "left_out", {})
     if left_out:
-        print(f"note: {dataset}/{split}: files that are no images were left out: "
-              f"{', '.join(sorted(left_out))}")
+        counts = ", ".join(f"{count} {ending}" for ending, count in sorted(left_out.items()))
+        print(f"note: {dataset}/{split}: files that are not read as images were left out: {counts}")
     return opened
 
 
@@ -320,15 +329,21 @@ def choose(labels, count=None):
 
 def decode(dataset, image_size, indices):
     """These images of a data set of PIL images, as they are evaluated: bytes [N, 3, S, S] and labels [N]."""
-    progress, as_they_are = cli.Progress(), 0
+    progress, as_they_are, unreadable = cli.Progress(), 0, []
     images = torch.empty(len(indices), 3, image_size, image_size, dtype=torch.uint8)
     labels = torch.empty(len(indices), dtype=torch.long)
     for place, index in enumerate(indices):
-        image, label = dataset[index]
+        try:
+            image, label = dataset[index]
+        except UserError as error:  # all of them are named at once
+            unreadable.append(str(error))
+            continue
         images[place], labels[place] = to_size(image, image_size), label
         as_they_are += image.size == (image_size, image_size)
         progress.show(f"decoding image {place + 1} of {len(indices)}", (place + 1) / len(indices))
     progress.clear()
+    if unreadable:
+        raise UserError("; ".join(unreadable[:SHOWN]) + f"; {len(unreadable)} file(s) in all")
     if as_they_are and image_size > SMALL:
         print(f"note: {as_they_are} of {len(indices)} images have {image_size}x{image_size} pixels and are "
               "not enlarged and cropped")
@@ -345,7 +360,7 @@ def load_images(dataset, split, image_size, classes=None, count=None):
     chosen = choose(labels_of(whole), count)
     images, labels = whole[chosen] if in_memory(whole) else decode(whole, image_size, chosen)
     classes = list(classes or whole.classes)
-    return images, in_order_of(classes, whole.classes, dataset)[labels], classes
+    return images, in_order_of(classes, whole.classes, f"{dataset}/{split}")[labels], classes
 
 
 def in_order_of(classes, own, dataset):

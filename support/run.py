@@ -187,8 +187,10 @@ def read(folder, kind=None):
         stage = STAGES.get(kind, "finetune.py")
         if stage == "finetune.py" and Path(folder).name == "clean":
             stage += " --mode clean"
+        inside = sorted(str(found.parent) for found in Path(folder).glob("*/checkpoint.pt"))
+        advice = f"; runs in it: {', '.join(inside)}" if inside else ""
         raise UserError(f"{folder} holds no run (there is no {path}): make it with python {stage} --out "
-                        f"{shlex.quote(str(folder))}, or name another run's folder")
+                        f"{shlex.quote(str(folder))}, or name another run's folder{advice}")
     try:
         if zipfile.ZipFile(path).testzip():
             raise zipfile.BadZipFile("a checksum differs")

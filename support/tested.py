@@ -185,17 +185,23 @@ def load_test_images(args, entries, device):
             print(f"note: {folder} was trained on {checkpoint['data']['name']} and is tested on {args.data}")
     images, labels, classes = data.load_images(args.data, args.split, first["config"]["image_size"],
                                                first["classes"], args.images)
-    digests, args.trained_on = data.digest_of_each(images), 0
     if args.split == "train":
         print("note: these are training images")
+    args.trained_on = count_trained_on(entries, images)
+    return images.to(device), labels.to(device), classes
+
+
+def count_trained_on(entries, images):
+    """How many of these images [N, C, S, S] a run was trained on, the most of any; says how many of each."""
+    digests, most = data.digest_of_each(images), 0
     for folder, checkpoint in {entry.folder: entry.checkpoint for entry in entries}.items():
         parts = [checkpoint, checkpoint["autoencoder"]] if checkpoint["autoencoder"] else [checkpoint]
         known = [part["data"]["digests"] for part in parts if "digests" in part["data"]]
         seen = int(torch.isin(digests, torch.cat(known)).sum()) if known else 0
         if seen:
             print(f"note: {seen} of {len(images)} test images are training images of {folder}")
-        args.trained_on = max(args.trained_on, seen)
-    return images.to(device), labels.to(device), classes
+        most = max(most, seen)
+    return most
 
 
 def own_share(images, labels):

@@ -278,6 +278,6 @@ class TestData(unittest.TestCase):
         with contextlib.redirect_stdout(io.StringIO()):
             row = data.about(str(photos()))
         row = row._replace(mean=(0.9,) * 3, attack_eps=(1.0,), test_sigmas=(9,))
-        with mock.patch.object(data, "about", lambda name: row):
+        with mock.patch.object(data, "about", lambda *about: row):
             finished(run("attack", clean, *ATTACK, "--out", out / "b"))
         self.assertEqual(accuracies(out / "a" / "attack.csv"), accuracies(out / "b" / "attack.csv"))

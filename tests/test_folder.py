@@ -361,7 +361,7 @@ class TestFolder(unittest.TestCase):
             row = row._replace(**watched)
             with mock.patch.object(F, "cross_entropy", wraps=F.cross_entropy) as losses, \
                     mock.patch.dict(data.DATASETS, digits=few_digits), \
-                    mock.patch.object(data, "about", lambda dataset: row):
+                    mock.patch.object(data, "about", lambda *about: row):
                 finished(run(script, *flags, *training(1, batch), "--out", new_folder()))
             calls = {name: augment.call_count for name, augment in watched.items()}
             tried = 1  # before training, whether the result lies in [0, 1]

@@ -353,7 +353,7 @@ class TestDefense(unittest.TestCase):
         """Accuracy, picture, and photographs."""
         source = (photo_classifier("clean"), "--out", self.out, "--defense", "off", "rounded:2")
         result = finished(run("defend", *source, *self.FLAGS, "--steps", 1, "--eot", 2))
-        self.assertRegex(result.out, r"clean behind rounded, 2 grays +[\d.]+ +[\d.]+ ")
+        self.assertRegex(result.out, r"clean behind rounded, 2 grays +[\d.]+ \[.*\] +[\d.]+ ")
         assert_picture(self.out / "defend.png")
         result = finished(run("defend", *source, "--photos", photos() / "val" / "red" / "0.png"))
         self.assertRegex(result.out, "clean behind rounded, 2 grays: (red|green|blue)")

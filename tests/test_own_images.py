@@ -63,8 +63,8 @@ class TestWhatCounts(unittest.TestCase):
         for name in ("0.gif", "1.HEIC", "2.heic", "readme", ".DS_Store", "._0.png"):
             (folder / "train" / "red" / name).write_bytes(b"?")
         (folder / "val" / "red" / "notes.txt").write_bytes(b"?")
-        said = [f"note: {folder}/{split}: files that are no images were left out: {endings}\n"
-                for split, endings in (("train", "(no ending), .gif, .heic"), ("val", ".txt"))]
+        said = [f"note: {folder}/{split}: files that are not read as images were left out: {endings}\n"
+                for split, endings in (("train", "1 (no ending), 1 .gif, 2 .heic"), ("val", "1 .txt"))]
         self.assertEqual(self.said(folder), "".join(said))
 
     def said(self, folder):
@@ -177,10 +177,10 @@ class TestWhatIsDecided(unittest.TestCase):
                                           for number in range(20)], (64, 64))
         row, line = self.decided(folder)
         self.assertEqual(row.size, "small")
-        self.assertIn("40 training images of 64x64 (the median), 2 classes: size small", line)
+        self.assertIn("40 training images of about 64x64 pixels, 2 classes; size small: each is taken as 32x32", line)
         result = finished(run("pretrain", "--data", folder, *training(), "--out", folder / "out",
                               "--size", "tiny"))
-        self.assertIn(line, result.out)
+        self.assertIn(line.replace("size small", "size tiny"), result.out)
         self.assertIn("\n40 images, 5 steps of 8 in 1 epochs", result.out)
 
     def test_several_images_decide(self):
@@ -195,7 +195,7 @@ class TestWhatIsDecided(unittest.TestCase):
                 row, line = self.decided(folder)
                 self.assertEqual(row.size, ("base", "small")[number], (most, count))
                 self.assertEqual(row.pretrain_sigma, ("gamma:25,3", "gamma:10,8")[number])
-                self.assertIn(f"{2 * count} training images of {says} (the median)", line)
+                self.assertIn(f"{2 * count} training images of about {says} pixels", line)
 
     def test_size_flag(self):
         """--size says otherwise, for the autoencoder and with it for all that follows."""

@@ -171,7 +171,7 @@ class TestResume(unittest.TestCase):
         with contextlib.redirect_stdout(io.StringIO()):
             row = data.about(str(photos()))._replace(mean=(0.1,) * 3, pretrain_sigma="gamma:1,1")
         with mock.patch.dict(SIZES["tiny"], depth=1), \
-                mock.patch.object(data, "about", lambda name: row), \
+                mock.patch.object(data, "about", lambda *about: row), \
                 mock.patch.dict(pretrain.RECIPES["tiny"], weight_decay=0.4):
             finished(run("pretrain", "--out", part, "--resume", "--workers", 0))
         assert_same_run(part, whole)

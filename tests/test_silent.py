@@ -83,7 +83,7 @@ class TestSilent(unittest.TestCase):
         def flip(images):
             return images.flip(3)
         row = data.about(str(photos()))._replace(finetune_augment=flip)
-        with mock.patch.object(data, "about", lambda dataset: row):
+        with mock.patch.object(data, "about", lambda *about: row):
             result = run_stage("finetune", *nim, "--out", out, "--resume")
         assert_refused(result, ("augmentation was crop_and_flip", "is flip"))
 

@@ -60,7 +60,7 @@ class TestStages(unittest.TestCase):
         result = finished(run("defend", folder / "clean", folder / "de3", "--images", 20, "--votes", 2,
                               "--steps", 2, "--eot", 2))
         self.assertIn("20 test images of digits, votes 2, seed 0\n", result.out)
-        row = r"^(clean|de3, σ = \d+) +([\d.]+) +([\d.]+|-) +\d+$"
+        row = r"^(clean|de3, σ = \d+) +([\d.]+) \[.*\] +([\d.]+|-) +\d+$"
         rows = re.findall(row, result.out, re.M)
         levels = [f"de3, σ = {sigma}" for sigma in data.DATASETS["digits"].test_sigmas]
         self.assertEqual([name for name, _, _ in rows], ["clean", *levels])
