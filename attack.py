@@ -11,6 +11,7 @@ defense (the mean over draws: one shot). Appends its rows to attack.csv in the f
 first run lies. Whether the attack can be believed: python -m studies.audit.
 """
 
+import shlex
 import sys
 import time
 import warnings
@@ -28,6 +29,7 @@ from support import cli, data, report, run, tested
 DRAWS = 5  # fresh draws of a random defense that score it
 BATCH = 120  # images that are attacked together; at most --max-batch
 WALK = {"linf": 2.5, "l2": 10.0}  # total length of PGD's steps, in radii, unless a step size is given
+MANY_SECONDS = 300  # from here on it is said how to make a table take less
 MOST_TARGETS = 9  # other classes that strong_pgd moves towards
 FOOLED_MARGIN = 0.05  # early stop: fooled only above this, so that no rounding (bfloat16, TF32) undoes it
 CODE = ("model.py", "attack.py")  # what decides the numbers
@@ -437,13 +439,17 @@ def main(argv=None):
     with cli.autocast(args.bf16, device):
         cells = plan_table(args, entries, images)
     width, name_width = max(len(entry.name) for entry in entries), max(8, *map(len, args.attack))
-    most_seconds = sum(cell.seconds for cell in cells)
+    most_seconds, advice = sum(cell.seconds for cell in cells), ""
+    if most_seconds > MANY_SECONDS:
+        advice = "; fewer rows or images take less: --images, --sigma, --eps, --attack pgd+eot"
     print(f"{total} {args.split} images of {args.data}, {args.norm}, {args.threat}-box, {DRAWS} draws of what "
           f"is random, seed {args.seed}, {device.type}; accuracy in % [95% interval]; at most about "
-          f"{cli.minutes(most_seconds)} minutes\n\n"
+          f"{cli.minutes(most_seconds)} (minutes:seconds){advice}\n\n"
           f"{'run and level':{width}} {'eps':>7}  {'attack':{name_width}} {'loss':9} {'steps':>5} {'EOT':>3} "
           f"{'starts':>6} {'clean':>19} {'robust':>19} {'seconds':>8}")
-    clean_of, measured = {}, report.read_rows(table)
+    clean_of, lowest, measured = {}, {}, report.read_rows(table)
+    largest_eps = max(cell.eps for cell in cells)
+
     for cell in cells:
         entry, draws, settings = cell.entry, DRAWS if cell.random else 1, cell.settings
         ball, started = in_units(cell.eps, args.norm), time.perf_counter()
@@ -480,13 +486,17 @@ def main(argv=None):
               f"{settings['steps']:5} {settings['eot']:3} {settings['restarts']:6} "
               f"{report.interval(clean, total):>19} {report.interval(robust, total):>19} {seconds:>8}",
               flush=True)
+        if cell.eps == largest_eps:
+            lowest[entry.name] = min(robust, lowest.get(entry.name, 100.0))
         if robust > clean + 1:
             print("note: more images are right under attack than without one: this attack does not work here")
         if not old:
             report.append_row(table, dict(
                 defense=entry.name, run=entry.folder, data=args.data, **what, clean_accuracy=f"{clean:.2f}",
                 robust_accuracy=f"{robust:.2f}", seconds=seconds, warnings=warned, commit=run.commit()))
-    print(f"\nthe table is {table}; is the attack strong enough? python -m studies.audit")
+    summary = ", ".join(f"{name} {robust:.1f}%" for name, robust in lowest.items())
+    print(f"\nright under the strongest of these attacks, at {in_units(largest_eps, args.norm)}: {summary}\nthe table is {table}; is the attack "
+          f"strong enough? python -m studies.audit {' '.join(shlex.quote(str(folder)) for folder in args.runs)}")
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ the data set's: the digits are bright on dark. Next: attack.py.
 """
 
 import csv
+import shlex
 import time
 from pathlib import Path
 
@@ -202,6 +203,7 @@ def main(argv=None):
         print_clean_accuracy(args, entries, images, labels, classes)
 
         # the picture: the defense at its middle level, beside the undefended classifier
+        print("next: python attack.py " + " ".join(shlex.quote(str(folder)) for folder in args.runs))
         defended = [entry for entry in entries if entry.defense is not None]
         undefended = [entry for entry in entries if entry.defense is None]
         if not defended or cli.rank() > 0:
