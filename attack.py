@@ -266,7 +266,7 @@ def in_batches(function, images, labels, size, show=lambda done: None):
 def accuracy(model, images, labels, draws=1):
     """Share of correct predictions of each image over fresh draws of the model, in float32: [B].
 
-    Also where the attack computes in bfloat16: rounding shall not decide what is right.
+    So also where the attack computes in bfloat16, whose rounding must not decide what is right.
     """
     check_images(images)
     with torch.no_grad(), torch.autocast(images.device.type, enabled=False):
@@ -292,9 +292,9 @@ def needs_eot(model, images):
     with torch.no_grad(), torch.autocast(images.device.type, enabled=False):
         before = cli.random_state(images.device)
         first = model(images.clone())
-        draws = cli.random_state(images.device) != before
+        has_drawn = cli.random_state(images.device) != before
         second = model(images[elsewhere])
-    return draws or not torch.allclose(first[elsewhere], second, rtol=1e-3, atol=1e-4)
+    return has_drawn or not torch.allclose(first[elsewhere], second, rtol=1e-3, atol=1e-4)
 
 
 def say_one_answer(name, model, images, labels, classes, batch):
@@ -413,6 +413,15 @@ def plan_table(args, entries, images):
     return cells
 
 
+def say_without_eot(cells, threat):
+    """A note on random defenses whose attacks all see one draw a step: what they leave is too high."""
+    averaged = {cell.entry.name for cell in cells if cell.settings["eot"] > 1}
+    overstated = {cell.entry.name for cell in cells if cell.random} - averaged
+    if threat == "white" and overstated:
+        print(f"note: random, and attacked without EOT, which overstates it: {', '.join(sorted(overstated))}; "
+              "give --attack pgd+eot")
+
+
 def measure(cell, args, images, labels, batch, show):
     """The share of correct draws of each image after the attack, [N]; show(done) is told how far it is."""
     entry, attack = cell.entry, ATTACKS[cell.attack.removesuffix("+eot")].function
@@ -449,7 +458,6 @@ def main(argv=None):
           f"{'starts':>6} {'clean':>19} {'robust':>19} {'seconds':>8}")
     clean_of, lowest, measured = {}, {}, report.read_rows(table)
     largest_eps = max(cell.eps for cell in cells)
-
     for cell in cells:
         entry, draws, settings = cell.entry, DRAWS if cell.random else 1, cell.settings
         ball, started = in_units(cell.eps, args.norm), time.perf_counter()
@@ -494,9 +502,11 @@ def main(argv=None):
             report.append_row(table, dict(
                 defense=entry.name, run=entry.folder, data=args.data, **what, clean_accuracy=f"{clean:.2f}",
                 robust_accuracy=f"{robust:.2f}", seconds=seconds, warnings=warned, commit=run.commit()))
+    say_without_eot(cells, args.threat)
     summary = ", ".join(f"{name} {robust:.1f}%" for name, robust in lowest.items())
-    print(f"\nright under the strongest of these attacks, at {in_units(largest_eps, args.norm)}: {summary}\nthe table is {table}; is the attack "
-          f"strong enough? python -m studies.audit {' '.join(shlex.quote(str(folder)) for folder in args.runs)}")
+    runs = " ".join(shlex.quote(str(folder)) for folder in args.runs)
+    print(f"\nright under the strongest of these attacks, at {in_units(largest_eps, args.norm)}: {summary}\n"
+          f"the table is {table}; is the attack strong enough? python -m studies.audit {runs}")
 
 
 if __name__ == "__main__":

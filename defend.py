@@ -42,9 +42,10 @@ def arguments(argv=None):
     if args.photos:
         cli.refuse(args, ["split", "eps", "steps", "eot"], "for photos")
         taken_for_photos = [path for path in args.photos if (path / "checkpoint.pt").exists()]
-        if taken_for_photos or args.runs == list(map(Path, tested.DEFAULT_RUNS)):
-            raise UserError("photographs need a run, in front of --photos: python defend.py "
-                            f"{taken_for_photos[0] if taken_for_photos else 'RUN'} --photos ...")
+        if taken_for_photos:
+            raise UserError(f"{taken_for_photos[0]} is a run: put it in front of --photos")
+        if args.runs is parser.get_default("runs"):  # those of the digits
+            raise UserError("photographs need a run, in front of --photos: python defend.py RUN --photos ...")
     args.steps, args.eot = args.steps or 20, args.eot or 8
     return args
 
@@ -109,8 +110,12 @@ def classify_photos(args, entries, folder, device):
     for problem in problems:
         print(f"note: {problem}")
     tested.count_trained_on(entries, torch.stack(read))
-    for entry in entries:
-        print_confusion(entry.name, classes, [row for row in rows if row["defense"] == entry.name])
+    known = [row for row in rows if row["folder"] in classes]
+    for entry in entries if known else ():
+        print_confusion(entry.name, classes, [row for row in known if row["defense"] == entry.name])
+    if not known:
+        print(f"no accuracy: no folder of these photographs is named as a class ({', '.join(classes[:LIKELY])}"
+              f"{' ...' if len(classes) > LIKELY else ''})")
     if folder:
         path = folder / "predictions.csv"
         with open(path, "w", newline="", encoding="utf-8", errors=report.UNREADABLE) as file:
@@ -122,20 +127,15 @@ def classify_photos(args, entries, folder, device):
 
 def print_confusion(name, classes, rows):
     """Accuracy, and how often each class was taken for which, of photographs whose folder names their class."""
-    known = [row for row in rows if row["folder"] in classes]
-    if not known:
-        print(f"\n{name}: no accuracy, for no folder is named as a class ({', '.join(classes[:5])}"
-              f"{' ...' if len(classes) > 5 else ''})")
-        return
-    right = sum(row["folder"] == row["answer"] for row in known)
-    percent_right = 100 * right / len(known)
-    print(f"\n{name}: {report.interval(percent_right, len(known)).strip()} % of {len(known)} photographs in folders "
-          "named as classes are right\nrows: the folder; columns: the answer")
-    shown = [one for one in classes if any(one in (row["folder"], row["answer"]) for row in known)]
+    right = sum(row["folder"] == row["answer"] for row in rows)
+    accuracy_of_them = report.interval(100 * right / len(rows), len(rows)).strip()
+    print(f"\n{name}: {accuracy_of_them} % of {len(rows)} photographs in folders named as classes are right\n"
+          "rows: the folder; columns: the answer")
+    shown = [one for one in classes if any(one in (row["folder"], row["answer"]) for row in rows)]
     width = max(6, *map(len, shown))
     print(" " * width + "".join(f"  {one:>{width}}" for one in shown))
     for one in shown:
-        counts = [sum((row["folder"], row["answer"]) == (one, other) for row in known) for other in shown]
+        counts = [sum((row["folder"], row["answer"]) == (one, other) for row in rows) for other in shown]
         print(f"{one:{width}}" + "".join(f"  {count:{width}}" for count in counts))
 
 

@@ -15,9 +15,9 @@ is not measured again, so a comparison that was cut short goes on. The attacker 
     noise known    one noise for all images, fixed and known to the attacker (arXiv 2404.14309), who
                    needs no EOT; the mean of 3 noises; not for masking
 
-Where nothing is random the last four are one. That reading, and that of a known noise, is the strongest of
-many runs of PGD (strong_pgd in attack.py: cross-entropy, margin, margin towards each other class, two
-starts); with EOT it is one run. All are scored in float32. "worst" is the lowest of the
+Where nothing is random the last four are one. That reading, and that of a known noise, is the strongest
+of many runs of PGD (strong_pgd in attack.py: cross-entropy, margin, margin towards each other class, two
+starts); with EOT, and in gray-box, it is one run. All are scored in float32. "worst" is the lowest of the
 last three; "l2" and "l2 twice" are the same attacks in L2, at --l2 and twice that radius: the threat that
 nobody trained for; "clean ten tries" and "clean noise known" are those readings without an attack.
 Clean and gray-box accuracy are read on all images, and so is everything where nothing is random; the
@@ -93,9 +93,9 @@ def measure(model, images, labels, eps, l2, steps, eot, seed, batch, every=1, sh
         return in_batches(lambda a, b: pgd(attacked_model, a, b, **{**settings, **more}), x, y, batch)
 
     def attacked_by_many(x, y, attacked_model=model, **more):
-        """The same of a model in which nothing is random, by many runs of PGD."""
-        changed = {**settings, "early_stop": True, **more}
-        return in_batches(lambda a, b: strong_pgd(attacked_model, a, b, **changed), x, y, batch)
+        """The same by many runs of PGD, of a model in which nothing is random."""
+        settings_of_all = {**settings, "early_stop": True, **more}
+        return in_batches(lambda a, b: strong_pgd(attacked_model, a, b, **settings_of_all), x, y, batch)
 
     def attacked_through(x, y, **more):
         """The strongest white-box attack: with EOT where the model is random, else many runs of PGD."""

@@ -130,7 +130,7 @@ def load_state(model, state, path):
 def convert(args):
     """The checkpoint of a finished run that holds these weights."""
     state = find_state(read_weights(args.file), args.file)
-    dataset = data.about(args.data)
+    dataset = data.about(args.data, args.size)
     config = config_of(args, state, dataset)
     classes = list(data.open_split(args.data, "val", config["image_size"]).classes)
     if args.kind == "classifier" and config["num_classes"] != len(classes):

@@ -112,7 +112,7 @@ def load_run(folder, autoencoder_of, device):
     if not autoencoder_of and not checkpoint["autoencoder"]:
         return classifier, checkpoint, None, None
     autoencoder, pretraining = run.load(autoencoder_of or folder, "autoencoder", device)
-    if pretraining["data"]["name"] != checkpoint["data"]["name"]:
+    if autoencoder_of and pretraining["data"]["name"] != checkpoint["data"]["name"]:
         print(f"note: the autoencoder in front of {folder} was trained on {pretraining['data']['name']}, the "
               f"classifier on {checkpoint['data']['name']}")
     return classifier, checkpoint, autoencoder, pretraining
@@ -199,7 +199,7 @@ def count_trained_on(entries, images):
         known = [part["data"]["digests"] for part in parts if "digests" in part["data"]]
         seen = int(torch.isin(digests, torch.cat(known)).sum()) if known else 0
         if seen:
-            print(f"note: {seen} of {len(images)} test images are training images of {folder}")
+            print(f"note: {seen} of these {len(images)} images are training images of {folder}")
         most = max(most, seen)
     return most
 

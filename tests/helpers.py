@@ -198,6 +198,14 @@ def process(script, *arguments):
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))  # a shell's & ignores it
 
 
+def new_python(script, folder=REPOSITORY):
+    """What a Python script prints in a new process, started in this folder; it must not fail."""
+    done = subprocess.run([sys.executable, "-c", script], cwd=folder, text=True, capture_output=True,
+                          timeout=100, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    CHECK.assertEqual(done.returncode, 0, done.stderr)
+    return done.stdout
+
+
 def torchrun(script, *arguments, processes=2):
     """A stage under torchrun, on the CPU: its Result."""
     done = subprocess.run(

@@ -328,6 +328,20 @@ class TestPhotographs(unittest.TestCase):
         self.assertEqual([row["photo"] for row in rows], [str(name) for name in names for _ in range(4)])
         self.assertTrue(all(row["likely"].startswith(row["answer"]) for row in rows))
 
+    def test_needs_a_run(self):
+        """The digits' are not taken for photographs unless they are named; a run behind --photos is noticed."""
+        photo = photos() / "val/red/0.png"
+        assert_refused(run("defend", "--photos", photo), "photographs need a run")
+        assert_refused(run("defend", "--photos", photo, photo_classifier()), "is a run: put it in front")
+
+    def test_without_class_folders(self):
+        """No accuracy, said once; photographs that were trained on are counted."""
+        out, folder = new_folder(), new_folder()
+        shutil.copy(photos() / "train/red/0.png", folder / "mine.png")
+        result = self.defend(folder, out=out)
+        self.assertEqual(result.out.count("no accuracy: no folder of these photographs is named as a class"), 1)
+        self.assertIn("note: 1 of these 1 images are training images", result.out)
+
     def test_folder(self):
         """Every image in it; class folders give an accuracy and a confusion matrix; odd files are named."""
         folder, out = new_folder() / "mine", new_folder()

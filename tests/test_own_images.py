@@ -195,6 +195,9 @@ class TestWhatIsDecided(unittest.TestCase):
                 row, line = self.decided(folder)
                 self.assertEqual(row.size, ("base", "small")[number], (most, count))
                 self.assertEqual(row.pretrain_sigma, ("gamma:25,3", "gamma:10,8")[number])
+                with contextlib.redirect_stdout(io.StringIO()):  # the model's size decides, if it is known
+                    sigmas = [data.about(str(folder), size).finetune_sigma for size in ("small", "base")]
+                self.assertEqual(sigmas, ["uniform:0,60", "uniform:0,30"])
                 self.assertIn(f"{2 * count} training images of about {says} pixels", line)
 
     def test_size_flag(self):

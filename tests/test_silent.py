@@ -1,9 +1,5 @@
 """No wrong number without a word: what somebody who edits the code would not notice."""
 
-import os
-import shutil
-import subprocess
-import sys
 import unicodedata
 import unittest
 from unittest import mock
@@ -18,7 +14,7 @@ import pretrain
 from model import DEFENSES, De3, NoiseOnly, NoiseScale, UserError
 from studies import compare
 from support import cli, data, run, training
-from tests.helpers import (REPOSITORY, assert_refused, copy_of_photos, finished, linear_on_digits, new_folder,
+from tests.helpers import (assert_refused, copy_of_photos, finished, linear_on_digits, new_folder, new_python,
                            photo_autoencoder, photo_flags, photos, random_images, read_csv, small_autoencoder,
                            small_classifier)
 from tests.helpers import run as run_stage
@@ -209,10 +205,9 @@ class TestKinds(unittest.TestCase):
             "    attack.main(command)\n"
             "except ValueError as error:\n"
             "    print(error)\n")
-        done = subprocess.run([sys.executable, "-c", script], cwd=REPOSITORY, text=True, capture_output=True,
-                              timeout=100, env={**os.environ, "OMP_NUM_THREADS": "1"})
-        self.assertIn("attack.py, support/", done.stdout, done.stderr)
-        self.assertIn("still hold what model held before it was reloaded", done.stdout)
+        printed = new_python(script)
+        self.assertIn("attack.py, support/", printed)
+        self.assertIn("still hold what model held before it was reloaded", printed)
 
     def test_file_of_ones_own(self):
         """What it holds counts in a row's code, whatever imports it."""
@@ -244,7 +239,7 @@ class TestKinds(unittest.TestCase):
         finished(run_stage("finetune", "--data", folder, "--size", "tiny", "--mode", "clean", "--init", first,
                            "--workers", 0, *short(1), "--out", second))
         result = finished(run_stage("attack", second, "--attack", "fgsm", "--eps", "1/255", "--images", 24))
-        self.assertIn("note: 24 of 24 test images are training images", result.out)
+        self.assertIn("note: 24 of these 24 images are training images", result.out)
 
     def test_drawn_when_it_is_made(self):
         """By the same seed always the same."""
@@ -267,7 +262,7 @@ class TestKinds(unittest.TestCase):
             self.assertEqual(attack.needs_eot(model, images), expected, model)
 
     def test_one_answer(self):
-        """Every stage and study that prints an accuracy says so."""
+        """Is said where fine-tuning ends, too."""
         out = new_folder()
         always = small_classifier(image_size=32, num_classes=3)
         torch.nn.init.zeros_(always.head.weight)
@@ -296,6 +291,15 @@ class TestKinds(unittest.TestCase):
         self.assertEqual(len(data.open_folder(folder, "train")), 24)
         found = defend.find_photos([folder / "train", red, red / "1.png"])
         self.assertEqual(len(found), 24)
+
+    def test_without_eot(self):
+        """A random defense that was attacked by one draw a step only: said; not in gray-box, nor at σ = 0."""
+        words = "random, and attacked without EOT, which overstates it: de3, σ = 20;"
+        for flags, is_said in ((("--attack", "pgd"), True), (("--attack", "pgd", "pgd+eot"), False),
+                               (("--attack", "pgd", "--threat", "gray"), False)):
+            result = finished(run_stage("attack", "assets/digits/de3", "--sigma", 0, 20, "--images", 4, "--steps", 2,
+                                        "--eot", 2, "--eps", "8/255", *flags, "--out", new_folder()))
+            self.assertEqual(words in result.out, is_said, flags)
 
     def test_kept_row_keeps_its_warning(self):
         out = new_folder()
