@@ -203,15 +203,14 @@ def main(argv=None):
         print_clean_accuracy(args, entries, images, labels, classes)
 
         # the picture: the defense at its middle level, beside the undefended classifier
-        print("next: python attack.py " + " ".join(shlex.quote(str(folder)) for folder in args.runs))
         defended = [entry for entry in entries if entry.defense is not None]
         undefended = [entry for entry in entries if entry.defense is None]
-        if not defended or cli.rank() > 0:
-            return
-        chosen, few = defended[len(defended) // 2], slice(PICTURED)
-        eps = chosen.checkpoint["data"]["eps"] if args.eps is None else args.eps
-        draw_defense(args.out / "defend.png", args, eps, (undefended or defended)[0].classifier,
-                     chosen.defense, data.as_floats(images[few]), labels[few], classes)
+        if defended and cli.rank() == 0:
+            chosen, few = defended[len(defended) // 2], slice(PICTURED)
+            eps = chosen.checkpoint["data"]["eps"] if args.eps is None else args.eps
+            draw_defense(args.out / "defend.png", args, eps, (undefended or defended)[0].classifier,
+                         chosen.defense, data.as_floats(images[few]), labels[few], classes)
+    print("next: python attack.py " + " ".join(shlex.quote(str(folder)) for folder in args.runs))
 
 
 if __name__ == "__main__":
