@@ -6,7 +6,7 @@
 
 By default two panels, a curve for each defense with the spread over its seeds; what has no sigma is a
 level line. --against-clean draws robust over clean accuracy, sigma along each curve: at the left one shot,
-at the right the worst of the three readings. --ladder draws accuracy over what the attacker knows, and
+at the right with the noise known. --ladder draws accuracy over what the attacker knows, and
 apart from it ten tries, which is no knowledge; faint is what each reading leaves without any
 attack. A defense has one color in all pictures. Rows of other images, another attack or other code than
 the table's last row are left out, and counted, and so are defenses that a picture does not show. Needs
@@ -29,7 +29,6 @@ KINDS = {  # how a defense's name begins: its color (Okabe and Ito's), marker; w
 }
 LEFT_OUT = ("MIM", "De³ off the shelf", "noise off the shelf", "De³, pretrained on σ", "De³, trained as long",
             "De³ with a blur", "De³ with a linear filter, from scratch")
-READINGS = ("one_shot", "ten_tries", "noise_known")
 RUNGS = {"gray_box": "only the classifier\n(gray-box)", "no_eot": "the whole defense,\none draw a step",
          "one_shot": "its average\n(EOT, one shot)", "noise_known": "the noise"}
 ONE_ATTACK = ("norm", "eps", "l2_radius", "steps", "eot", "data", "split", "images", "every", "pixels",
@@ -81,11 +80,6 @@ def average(rows, column):
     return mean(values) if values else None
 
 
-def worst(row):
-    """The lowest of the three readings of a row."""
-    return min(float(row[name]) for name in READINGS if row[name])
-
-
 def new_figure(width, height, columns):
     """(a matplotlib figure, its panels), which share their vertical axis."""
     try:
@@ -135,14 +129,14 @@ def draw_over_sigma(path, defenses, title):
 def draw_against_clean(path, defenses, title):
     """Robust over clean accuracy, a curve for each defense; sigma stands beside its points."""
     figure, panels = new_figure(11, 6, 2)
-    readings = {"one shot": lambda row: float(row["one_shot"]), "the worst of one shot, ten tries, noise "
-                "known": worst}
-    for panel, (what, robust_of) in zip(panels, readings.items()):
+    readings = {"one shot": ("clean", "one_shot"), "noise known": ("clean_noise_known", "noise_known")}
+    for panel, (what, (clean_column, robust_column)) in zip(panels, readings.items()):
         for name, levels in defenses.items():
             color, marker = style_of(name)
-            order = sorted(levels, key=lambda sigma: -1 if sigma is None else sigma)
-            x = [average(levels[sigma], "clean") for sigma in order]
-            y = [mean(map(robust_of, levels[sigma])) for sigma in order]
+            measured = [sigma for sigma in levels if average(levels[sigma], robust_column) is not None]
+            order = sorted(measured, key=lambda sigma: -1 if sigma is None else sigma)
+            x = [average(levels[sigma], clean_column) for sigma in order]
+            y = [average(levels[sigma], robust_column) for sigma in order]
             panel.plot(x, y, color=color, marker=marker, markersize=8, linewidth=2, label=name)
             for sigma, clean, robust in zip(order, x, y):
                 if sigma is not None:
@@ -185,9 +179,9 @@ def title_of(rows):
     """What was measured, in words."""
     last, seeds = rows[-1], len({row["seed"] for row in rows})
     every = f" (one in {last['every']} where many draws are taken)" if int(last["every"]) > 1 else ""
-    return (f"{last['images']} {last['split']} images{every}, PGD-{last['steps']}, EOT {last['eot']}, "
-            f"{255 * float(last['eps']):.3g}/255, " + ("one seed" if seeds == 1 else f"mean of {seeds} "
-                                                       "seeds"))
+    of_seeds = "one seed" if seeds == 1 else f"mean of {seeds} seeds"
+    return (f"{last['images']} {last['split']} images{every}, {255 * float(last['eps']):.3g}/255, "
+            f"PGD-{last['steps']}, EOT {last['eot']} (many runs where nothing is random), {of_seeds}")
 
 
 def arguments(argv=None):

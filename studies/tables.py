@@ -82,7 +82,7 @@ TABLES = {
               ("de3:0",)),
         Entry("De³ with a blur", "de3_blur", "--init @/nim", "blur", ("de3:0",)),
         Entry("De³, adversarially trained at σ = 0", "de3_adversarial_0",
-              "--mode de3 --adversarial 4/255 --sigma 0 --init @/de3", defenses=("de3:0",)),
+              "--mode de3 --adversarial 4/255 --sigma 0 --init @/de3 --epochs 4", defenses=("de3:0",)),
         Entry("noise only, U(0, 60)", "no-denoise", "--mode no-denoise", defenses=NOISE),
         Entry("noise only, U(50, 150)", "no-denoise_50-150", "--mode no-denoise --sigma uniform:50,150",
               defenses=NOISE),
