@@ -181,7 +181,7 @@ def title_of(rows):
     every = f" (one in {last['every']} where many draws are taken)" if int(last["every"]) > 1 else ""
     of_seeds = "one seed" if seeds == 1 else f"mean of {seeds} seeds"
     return (f"{last['images']} {last['split']} images{every}, {255 * float(last['eps']):.3g}/255, "
-            f"PGD-{last['steps']}, EOT {last['eot']} (many runs where nothing is random), {of_seeds}")
+            f"PGD-{last['steps']}, EOT {last['eot']} or many runs, {of_seeds}")
 
 
 def arguments(argv=None):
