@@ -12,8 +12,8 @@ class Entry(NamedTuple):
 
     run: the folder of its classifier, and flags: what finetune.py makes it with (@ is the folder of its
     seed); autoencoder: the folder of the run that holds what denoises, or starts it. defenses: what it is
-    tested behind, as in attack.py's --defense. in_front: a pretraining run put in front of a classifier
-    that has none.
+    tested behind, as in attack.py's --defense. in_front: a pretraining run whose autoencoder is put in front
+    of the classifier in testing, in place of its own, if it has one.
     """
     name: str
     run: str
@@ -42,7 +42,7 @@ NOT_RECIPE = ("--out", "--autoencoder", "--data", "--seed", "--bf16", "--no-bf16
               "--max-batch", "--resume", "--overwrite")
 PRETRAINING = {"nim": "pretrain.py", "mim": "pretrain.py --task mim", "nim120": "pretrain.py --sigma 120",
                "nim_paper": "pretrain.py --sigma gamma:25,3", "wiener": "-m studies.wiener",
-               "blur": "-m studies.wiener --blur"}
+               "wiener100": "-m studies.wiener --sigma 100", "blur": "-m studies.wiener --blur"}
 DE3 = ("de3:0", "de3:100", "de3:200")
 MASKED, PASTED = ("mim:0.5", "mim:0.75"), ("mim-visible:0.5", "mim-visible:0.75")
 COLOR = ("de3:0", "de3:50", "de3:100")
@@ -76,6 +76,8 @@ TABLES = {
         Entry("MIM, whole output", "de3_mim", "", "mim", MASKED),
         Entry("De³, fine-tuned on U(50, 150)", "de3_50-150", "--sigma uniform:50,150", defenses=COLOR),
         Entry("De³ with a linear filter", "de3_wiener", "--init @/nim", "wiener", COLOR),
+        Entry("De³ with a linear filter, in testing that of σ = 100", "de3_wiener", "--init @/nim", "wiener",
+              ("de3:100",), in_front="wiener100"),
         Entry("De³ with a linear filter, U(50, 150)", "de3_wiener_50-150",
               "--sigma uniform:50,150 --init @/nim", "wiener", COLOR),
         Entry("De³ with a linear filter, from scratch", "de3_wiener_scratch", "--from-scratch", "wiener",
