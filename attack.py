@@ -139,8 +139,8 @@ def pgd(model, images, labels, eps, steps, step_size=None, norm="linf", random_s
     targets [B]: classes to move towards; it still succeeds where the label is not predicted.
     early_stop: leave an image as it is once it fools the model. Only for deterministic models: on a
         random one it stops at lucky draws.
-    Warns of an attack that is weaker than it seems. Raises UserError for images that are not floats in
-    [0, 1], labels that do not fit, and settings out of range.
+    Warns of steps that cannot cross the ball, a model in training mode, and images without a gradient. Raises
+    UserError for images that are not floats in [0, 1], labels that do not fit, and settings out of range.
     """
     images, labels = images.detach().clone(), labels.clone()  # also from under inference_mode
     if min(steps, restarts, eot) < 1 or loss not in LOSSES:
@@ -474,8 +474,8 @@ def main(argv=None):
                 steps=settings["steps"], step_size=f"{settings['step_size']:.6g}",
                 restarts=settings["restarts"], eot=settings["eot"], loss="+".join(cell.losses),
                 threat=args.threat, reading="one shot", draws=draws, split=args.split, images=total,
-                pixels=pixels, trained_on=args.trained_on, one_answer=one_answer, attack_seed=args.seed,
-                precision="bf16" if args.bf16 else "fp32",
+                pixels=pixels, trained_on=args.trained_on[entry.name], one_answer=one_answer,
+                attack_seed=args.seed, precision="bf16" if args.bf16 else "fp32",
                 weights=run.fingerprint(entry.model),
                 code=run.digest_of_code_of(CODE, entry.model, ATTACKS[base].function))
             old = report.find_row(measured, what)

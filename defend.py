@@ -7,13 +7,14 @@
 Results go into the folder in which the first run lies: defend.png shows a few test images, attacked
 by PGD that ignores the defense and by PGD with EOT that goes through it, and what the defense makes
 of both. Under each stands the answer, at the left who gives it; wrong answers are red. Of photographs the
-answers and what the classifier saw go to photos/ in the current folder. Your own images should look like
+answers and what the classifier saw go to runs/photos/ unless --out is given. Your own images should look like
 the data set's: the digits are bright on dark. Next: attack.py.
 """
 
 import csv
 import shlex
 import time
+import unicodedata
 from pathlib import Path
 
 import torch
@@ -75,6 +76,7 @@ def classify_photos(args, entries, folder, device):
     Purified images are written beside it. Photographs in folders that are named as classes are counted: see
     print_confusion.
     """
+    tested.check_same_images(entries)
     classes = entries[0].checkpoint["classes"]
     image_size = entries[0].checkpoint["config"]["image_size"]
     try:
@@ -103,8 +105,9 @@ def classify_photos(args, entries, folder, device):
                 level = entry.level.replace("σ = ", "sigma").replace(" ", "")
                 name = f"{number:04}_{path.stem}_{Path(entry.folder).name}_{level}.png"
                 save_image(entry.defense.purify(image), folder / "purified" / name)
-            rows.append(dict(photo=path, folder=path.absolute().parent.name, defense=entry.name,
-                             answer=classes[labels[0]], likely="; ".join(answers), purified=name))
+            of_class = unicodedata.normalize("NFC", path.absolute().parent.name)  # as data.py reads names
+            rows.append(dict(photo=path, folder=of_class, defense=entry.name, answer=classes[labels[0]],
+                             likely="; ".join(answers), purified=name))
     if not rows:
         raise problems[0]
     for problem in problems:
@@ -192,7 +195,7 @@ def draw_defense(path, args, eps, undefended, defense, images, labels, classes):
 def main(argv=None):
     args = arguments(argv)
     device = cli.open_device(args.device)
-    photos_folder = args.out or Path("photos")
+    photos_folder = args.out or Path("runs", "photos")
     entries = tested.load_entries(args, device, args.votes)
     with cli.autocast(args.bf16, device):
         if args.photos:

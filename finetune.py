@@ -83,6 +83,14 @@ def mode_of(args, source):
     return "mim" if pretraining.get("task") == "mim" else "de3"
 
 
+def level_in_training(mode):
+    """What a defense whose level is no sigma is trained at: its trained_at, or the first of its levels."""
+    defense = DEFENSES[mode]
+    if defense.trained_at is None and defense.levels:
+        return defense.levels[0]
+    return defense.trained_at
+
+
 def settle_names(args, source):
     """What a new run is, and what it starts from: --mode, --arch and --autoencoder, if they are not given."""
     args.mode, args.arch = mode_of(args, source), args.arch or "vit"
@@ -110,7 +118,7 @@ def settle(args, pretraining, dataset, device):
         args.layer_decay = 1.0  # no layer is pretrained
     special = args.mode if args.adversarial is None else "adversarial"
     cli.apply_recipe(args, RECIPES, special if args.arch == "vit" else args.arch, device)
-    if args.mode == "clean" or DEFENSES[args.mode].trained_at is not None:
+    if args.mode == "clean" or level_in_training(args.mode) is not None:
         cli.refuse(args, ["sigma"], f"in --mode {args.mode}")
     else:
         args.sigma = str(NoiseScale.parse(args.sigma or dataset.finetune_sigma))
@@ -158,6 +166,11 @@ def main(argv=None):
     elif saved and saved["autoencoder"]:
         pretraining = saved["autoencoder"]
         autoencoder = run.build(pretraining, device)
+        if args.autoencoder:
+            given = run.read(args.autoencoder, "autoencoder")
+            if (given["made_by"], given["log"]) != (pretraining["made_by"], pretraining["log"]):
+                raise UserError(f"{args.out} was begun behind another autoencoder than that of "
+                                f"{args.autoencoder}: leave --autoencoder out")
     args.data = args.data or "digits"
     dataset = data.about(args.data, pretraining["settings"]["size"] if pretraining else args.size)
     if saved is None:
@@ -208,7 +221,7 @@ def main(argv=None):
     is_defended = args.mode != "clean"
     defended, level = classifier, None
     if is_defended:
-        level = args.sigma or DEFENSES[args.mode].trained_at
+        level = args.sigma or level_in_training(args.mode)
         tested.check_task(args.mode, autoencoder, pretraining, args.autoencoder)
         defended = DEFENSES[args.mode](autoencoder, classifier, level)
     code = CODE if args.adversarial is None else (*CODE, "attack.py")

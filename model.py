@@ -499,7 +499,7 @@ class Defense(nn.Module):
     title = "defense"  # what tables call it
     task = None  # what its autoencoder must be pretrained for, "nim" or "mim"; None: it needs none
     levels = ()  # what it is tested at unless told otherwise; (): the data set's sigmas
-    trained_at = None  # the level to fine-tune at unless told otherwise; None: the data set's sigma
+    trained_at = None  # the level to fine-tune at; None: the first of levels, or the data set's sigma
     is_random = True  # whether two calls on the same images can differ: attacks then need EOT
     level = ""  # its setting in words, as "σ = 50"
 

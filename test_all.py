@@ -37,6 +37,7 @@
                         test_commands   the commands that the READMEs and exercises show
                         test_silent     edits that would make wrong numbers without a word
     studies             test_compare    what is missing, the readings, what is measured again, the plot
+                        test_wiener     a linear filter and a blur in the autoencoder's place
                         test_speed      the plain De³ is ours in other words
                         test_lesson     the lesson runs from top to bottom
 """

@@ -12,7 +12,6 @@ comparison says the smallest difference that it would have noticed. The exit cod
 suspicious.
 """
 
-import copy
 import math
 import sys
 
@@ -30,7 +29,7 @@ QUERIES = 300  # of the gradient-free search
 
 def changed(defense, **attributes):
     """The same defense, its weights shared, with other attributes where it has them."""
-    twin = copy.copy(defense)
+    twin = tested.twin_of(defense)
     for name, value in attributes.items():
         if hasattr(twin, name):
             setattr(twin, name, value)
@@ -199,9 +198,6 @@ def arguments(argv=None):
     add("--eot", type=cli.count, default=8, help="draws in each gradient, default 8")
     add("--draws", type=cli.count, default=5, help="fresh draws that score the defense, default 5")
     args = cli.parse(parser, argv)
-    if args.images < FEWEST_IMAGES:
-        raise UserError(f"{args.images} images say nothing: a difference counts from 9 images on, give "
-                        f"--images {FEWEST_IMAGES} or more")
     if args.norm == "l2" and args.eps is None:
         raise UserError("--norm l2 needs --eps, a length over all pixels: 0.5 or 1, say")
     return args
@@ -215,6 +211,9 @@ def main(argv=None):
     others = [entry for entry in entries if entry.defense is None and entry is not audited]
     images, labels, classes = tested.load_test_images(args, entries, device)
     images = data.as_floats(images)
+    if len(images) < FEWEST_IMAGES:
+        raise UserError(f"{len(images)} images say nothing: a difference counts from 9 images on, "
+                        f"{FEWEST_IMAGES} or more are needed (--images)")
     say_one_answer(audited.name, audited.model, images, labels, classes, args.max_batch)
     eps = audited.checkpoint["data"]["eps"] if args.eps is None else args.eps
     cli.seed_everything(args.seed)

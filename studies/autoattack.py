@@ -108,6 +108,7 @@ def main(argv=None):
             defense=entry.name, run=entry.folder, level=entry.level, version=version, norm=args.norm,
             eps=f"{eps:.6g}", data=args.data, split=args.split, images=len(images),
             pixels=data.digest(images, labels), attack_seed=args.seed, draws=draws,
+            precision="bf16" if args.bf16 else "fp32",
             autoattack_on_fresh_draws=f"{fresh:.2f}",
             autoattack_own_count=f"{counted:.2f}", pgd=f"{of_pgd:.2f}", steps=args.steps, eot=args.eot,
             seconds=f"{seconds:.1f}", weights=run.fingerprint(entry.model),

@@ -9,7 +9,6 @@ confidence: (σ/255)·Φ⁻¹(p), p a lower bound of that class's probability. T
 folder in which the first run lies.
 """
 
-import copy
 import math
 from statistics import NormalDist
 
@@ -51,7 +50,7 @@ def draws_gaussian_noise_once(defense, image):
     What it makes of the image is compared with what it makes of this ε when it is given: a defense that
     draws again, in rounds or elsewhere, or adds something else, differs.
     """
-    given = copy.copy(defense)
+    given = tested.twin_of(defense)
     with torch.no_grad():
         with cli.repeated_draws(seed=0):
             drawn = defense.purify(image[None])
@@ -71,7 +70,7 @@ def sees_the_noisy_image_alone(defense, images):
     """
     given, logits = [], []
     noisy = images + defense.sigma.fixed / 255 * torch.randn_like(images)
-    twin = copy.copy(defense)
+    twin = tested.twin_of(defense)
 
     def noisy_whatever_comes(x):
         given.append(x)
@@ -83,6 +82,19 @@ def sees_the_noisy_image_alone(defense, images):
         if len(given) != len(logits) or not torch.equal(given[-1], x):
             return False
     return torch.allclose(logits[0], logits[1], rtol=1e-3, atol=1e-4)
+
+
+def each_draw_stands_alone(defense, image):
+    """Whether copies of an image [3, H, W] in one batch get a noise each, and an answer that no other changes."""
+    twin, logits = tested.twin_of(defense), []
+    with torch.no_grad(), cli.repeated_draws(seed=0):
+        one, other = defense.purify(image.expand(2, -1, -1, -1))
+    for beside in (torch.rand_like(image), torch.rand_like(image)):
+        pair = torch.stack([image, beside])
+        twin.add_noise = lambda x: pair
+        with torch.no_grad(), cli.repeated_draws(seed=0):
+            logits.append(twin(pair)[0])
+    return not torch.equal(one, other) and torch.allclose(*logits, rtol=1e-3, atol=1e-4)
 
 
 def check_certifiable(defense, image):
@@ -101,6 +113,9 @@ def check_certifiable(defense, image):
     if not sees_the_noisy_image_alone(defense, image[None]):
         raise UserError(f"no certificate: {defense.title} sees more of the image than image + ε·σ/255, which "
                         "the theorem is about")
+    if not each_draw_stands_alone(defense, image):
+        raise UserError(f"no certificate: the images of a batch share the noise of {defense.title}, or change each "
+                        "other's answers, so that its draws are not independent")
 
 
 def count_classes(defense, image, draws, max_batch):

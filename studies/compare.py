@@ -24,7 +24,6 @@ Clean and gray-box accuracy are read on all images, and so is everything where n
 other readings of a random defense on color on the first quarter of these images.
 """
 
-import copy
 import math
 import sys
 import time
@@ -34,14 +33,14 @@ from statistics import mean, stdev
 import torch
 
 from attack import accuracy, in_batches, needs_eot, pgd, say_one_answer, strong_pgd
-from model import UserError
+from model import NoiseScale, UserError
 from studies.certify import draws_gaussian_noise_once
 from studies.tables import TABLES, choose, folder_of, missing_commands, say_other_recipe
 from support import cli, data, report, run, tested
 
 TRIES, KNOWN_NOISES = 10, 3
 COLUMN = 17  # width of a column of the printed table
-CODE = ("model.py", "attack.py", "studies/compare.py")  # what decides a cell
+CODE = ("model.py", "attack.py", "studies/compare.py", "studies/certify.py")  # what decides a cell
 NOT_MEASURED = ("defense", "run", "data", "commit")  # what may differ between two rows of one cell
 MEASURED = ("clean", "gray_box", "no_eot", "one_shot", "ten_tries", "noise_known", "l2", "l2_twice",
             "clean_ten_tries", "clean_noise_known")
@@ -61,9 +60,10 @@ def takes_known_noise(model, images):
 
     images: a few, at least one.
     """
-    if not hasattr(model, "noise") or getattr(model.sigma, "fixed", None) is None:
+    scale = getattr(model, "sigma", None)
+    if not hasattr(model, "noise") or not isinstance(scale, NoiseScale) or scale.fixed is None:
         return False
-    fixed = copy.copy(model)
+    fixed = tested.twin_of(model)
     fixed.noise = torch.randn_like(images[0])
     return not needs_eot(fixed, images) and draws_gaussian_noise_once(model, images[0])
 
@@ -80,8 +80,9 @@ def measure(model, images, labels, eps, l2, steps, eot, seed, batch, every=1, sh
     random = needs_eot(model, few)
     knows_noise = random and takes_known_noise(model, few)
     if random and hasattr(model, "noise") and not knows_noise:
-        print(f"note: {model.title} does not add one noise ε·σ/255 that it is given, and nothing else: noise "
-              "known is left out")
+        title = getattr(model, "title", type(model).__name__)
+        print(f"note: {title} does not add one noise ε·σ/255 that it is given, and nothing else: noise known is "
+              "left out")
     draws = eot if random else 1
     settings = dict(eps=eps, steps=steps)
     fewer = math.ceil(len(images) / every) if random else len(images)  # the first of the choice: all classes
@@ -126,7 +127,7 @@ def measure(model, images, labels, eps, l2, steps, eot, seed, batch, every=1, sh
         show("PGD that knows the noise")
         clean, robust = [], []
         for _ in range(KNOWN_NOISES):
-            fixed = copy.copy(model)
+            fixed = tested.twin_of(model)
             fixed.noise = torch.randn_like(few[0])
             adversarial = attacked_by_many(some, some_labels, fixed)
             clean.append(tries(fixed, some, some_labels, batch, random=False))

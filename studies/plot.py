@@ -14,6 +14,7 @@ matplotlib (pip install matplotlib).
 """
 
 import argparse
+import itertools
 from pathlib import Path
 from statistics import mean, stdev
 
@@ -43,7 +44,7 @@ def rows_of_one_attack(path):
     if not {"one_shot", "level", "seed", *ONE_ATTACK} <= rows[0].keys():
         raise UserError(f"{path} is no table of studies.compare")
     last = rows[-1]
-    if last["code"] != run.digest_of_files(compare.CODE):
+    if last["code"] != run.digest_of_files({*compare.CODE, *run.files_of_yours()}):
         print(f"note: the table was measured by other code than that of today (commit {last['commit']})")
     alike = [row for row in rows if all(row[name] == last[name] for name in ONE_ATTACK)]
     latest = {(row["defense"], row["level"], row["seed"]): row for row in alike}
@@ -53,14 +54,19 @@ def rows_of_one_attack(path):
 
 
 def defenses_to_draw(rows):
-    """{name: {sigma, or None: its rows, one for each seed}}, in the table's order; says what is left out."""
+    """{name: {sigma, or None: its rows, one for each seed}}, in the table's order; says what is left out.
+
+    What has several levels that are no numbers, as distributions, is a defense for each.
+    """
     found = {}
     for row in rows:
         if row["defense"].startswith(LEFT_OUT):
             continue
         sigma = float(row["value"]) if row["value"] else None
-        found.setdefault(row["defense"], {}).setdefault(sigma, []).append(row)
-    others = sorted({row["defense"] for row in rows} - found.keys())
+        has_level = sigma is None and row["level"] != "off"
+        name = f"{row['defense']}, {row['level']}" if has_level else row["defense"]
+        found.setdefault(name, {}).setdefault(sigma, []).append(row)
+    others = sorted({row["defense"] for row in rows if row["defense"].startswith(LEFT_OUT)})
     if others:
         print(f"left out: {', '.join(others)}")
     if not found:
@@ -156,7 +162,7 @@ def draw_ladder(path, defenses, title):
     apart = len(RUNGS) + 0.5
     for name, levels in defenses.items():
         color, marker = style_of(name)
-        for line, (sigma, rows) in zip(("-", "--", ":", "-."), levels.items()):
+        for line, (sigma, rows) in zip(itertools.cycle(("-", "--", ":", "-.")), levels.items()):
             label = name if sigma is None else f"{name}, σ = {sigma:g}"
             heights = [average(rows, rung) for rung in RUNGS]
             panel.plot(heights, color=color, linestyle=line, marker=marker, markersize=8, linewidth=2,

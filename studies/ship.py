@@ -12,9 +12,6 @@ import re
 import shlex
 from pathlib import Path
 
-import torch
-
-from model import UserError
 from support import cli, data, run
 
 
@@ -52,18 +49,14 @@ def arguments(argv=None):
 
 def main(argv=None):
     args = arguments(argv)
-    names = [folder.resolve().name for folder in args.runs]
-    if len(set(names)) < len(names):
-        raise UserError("two of the runs' folders have the same name, and would be written over each other: "
-                        "ship them to two places")
     for folder in args.runs:
         _, checkpoint = run.load(folder)  # finished, and it fits
         dataset = checkpoint["data"]["name"]
         if dataset not in data.DATASETS:
             dataset = args.out.name  # where the folder of images lay is private
-        path = args.out / folder.resolve().name / "checkpoint.pt"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        torch.save(halve(checkpoint, dataset), path)
+        copy = args.out / folder.resolve().name
+        run.write_new(copy, halve(checkpoint, dataset))
+        path = copy / "checkpoint.pt"
         print(f"wrote {path}, {path.stat().st_size / 1e6:.1f} MB")
 
 

@@ -32,7 +32,7 @@ def square_search(model, images, labels, eps, queries, draws=DRAWS):
     x = project(images + eps * signs(B, C, 1, W), images, eps, "linf")
     for query in range(queries):
         area = 0.25 * 2.0 ** (-6 * query / queries)  # share of the image
-        side = max(1, round(H * math.sqrt(area)))
+        side = max(1, round(min(H, W) * math.sqrt(area)))
         colors = eps * signs(B, C, 1, 1)
         candidate = x.clone()
         for i in range(B):

@@ -62,7 +62,9 @@ def main(argv=None):
     if dataset.size not in ("tiny", "small"):
         raise UserError("a filter of all pixels is for images of up to 64 pixels")
     size = SIZES[dataset.size]
-    sigma = args.sigma or AT.get(args.data, 75.0)
+    sigma = AT.get(args.data, 75.0) if args.sigma is None else args.sigma
+    if not sigma > 0:
+        raise UserError(f"--sigma is the noise that the denoiser is for, above 0, not {sigma:g}")
     images, _, classes = data.load_images(args.data, "train", size["image_size"])
     heldout, _, _ = data.load_images(args.data, "val", size["image_size"], classes, data.HELDOUT_IMAGES)
     images, heldout = data.as_floats(images), data.as_floats(heldout)

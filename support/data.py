@@ -300,7 +300,12 @@ def open_split(dataset, split, image_size):
         raise UserError(f"{dataset}: a data set needs classes, the names of its labels, and, unless it is a "
                         "TensorDataset, targets, its labels")
     if in_memory(opened) and opened.tensors[0].dtype != torch.uint8:
+        if opened.tensors[0].dtype != torch.float32:
+            raise UserError(f"{dataset}: images must be bytes (uint8) or float32, not "
+                            f"{opened.tensors[0].dtype}")
         check_images(opened.tensors[0])
+    if len(set(opened.classes)) < len(opened.classes):
+        raise UserError(f"{dataset}: two of its classes have the same name: give each its own")
     labels = labels_of(opened)
     if labels.dtype != torch.long or not 0 <= labels.min() <= labels.max() < len(opened.classes):
         raise UserError(f"{dataset}: labels must be class numbers (long) from 0 to {len(opened.classes) - 1}")

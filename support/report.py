@@ -117,5 +117,6 @@ def draw_sheet(path, heading, columns, rows):
             draw.text((x, top + CELL), fitting(row.captions[column], font, CELL), font=font,
                       fill=WRONG if row.wrong[column] else "black")
         top += height
+    path.parent.mkdir(parents=True, exist_ok=True)
     sheet.save(path)
     print(f"wrote {path}")

@@ -28,7 +28,8 @@ from pathlib import Path
 
 import torch
 
-from model import DEFENSES, Defense, NoiseScale, UserError, make_autoencoder, make_classifier
+from model import (AUTOENCODERS, CLASSIFIERS, DEFENSES, Defense, NoiseScale, UserError, make_autoencoder,
+                   make_classifier)
 from support import cli, data
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -37,6 +38,9 @@ NOT_SETTINGS = ("device", "workers", "out", "resume", "overwrite", "autoencoder"
 OF_TRAINING = ("training", "require_backward_grad_sync")  # attributes of a model that are no settings
 MAKERS = {"autoencoder": make_autoencoder, "classifier": make_classifier}
 STAGES = {"autoencoder": "pretrain.py", "classifier": "finetune.py"}
+MADE_BY_DEFAULT = {"runs/digits/nim": "pretrain.py", "runs/digits/mim": "pretrain.py --task mim",
+                   "runs/digits/de3": "finetune.py", "runs/digits/clean": "finetune.py --mode clean"}
+FOLDERS = ("support", "studies", "tests")
 TOP_LEVEL = ("model.py", "pretrain.py", "finetune.py", "defend.py", "attack.py", "test_all.py")
 
 
@@ -72,19 +76,22 @@ _reloaded = set()  # names of modules that importlib.reload has made anew
 def note_imported_code():
     """Digest each file of the project that has just been imported, or imported anew (importlib.reload).
 
-    A file that is edited later keeps the digest of the code that runs. Called when this module is
-    imported and when a stage begins, before anything slow. UserError where another module still holds what a
-    reloaded one has replaced.
+    A file that is edited later keeps the digest of the code that runs, and the commit is that of now. Called
+    when this module is imported and when a stage begins, before anything slow. UserError where another module
+    still holds what a reloaded one has replaced.
     """
+    commit()
     modules = {}
     for module in list(sys.modules.values()):
         file = Path(getattr(module, "__file__", None) or "")
-        if REPOSITORY not in (file.parent, file.parent.parent) or not file.exists():
+        if not file.is_relative_to(REPOSITORY) or "site-packages" in file.parts or not file.is_file():
             continue  # another project's
         name = file.relative_to(REPOSITORY).as_posix()
         modules[name] = module
         known_import, _ = _imported.get(name, (None, ""))
-        if known_import is not module.__spec__:  # a reload makes a new one
+        is_script = module.__spec__ is None  # python attack.py: it cannot be reloaded
+        is_new = name not in _imported
+        if is_new or not (is_script or known_import is module.__spec__):  # a reload makes a new one
             _imported[name] = module.__spec__, digest_of_code(file.read_text(encoding="utf-8"))
             if known_import:
                 _reloaded.add(module.__name__)
@@ -119,23 +126,24 @@ def digest_of_files(names):
     return hashlib.sha256(repr(digests).encode()).hexdigest()[:12]
 
 
-def digest_of_code_of(files, model, *functions):
-    """One digest of these files, of those that hold the classes of a model and these functions, and of yours.
+def files_of_yours():
+    """The imported files in this folder, and in packages of yours, that are none of the project's."""
+    return {name for name in _imported if name not in TOP_LEVEL and name.split("/")[0] not in FOLDERS}
 
-    Yours is every imported file beside the stages that is none of the project's.
-    """
+
+def digest_of_code_of(files, model, *functions):
+    """One digest of these files, of yours, and of those that hold the classes of a model and the functions."""
     modules = {kind.__module__ for part in model.modules() for kind in type(part).__mro__}
     modules |= {getattr(function, "__module__", None) for function in functions}
     paths = [Path(getattr(sys.modules.get(name), "__file__", None) or "") for name in modules]
     own = {path.relative_to(REPOSITORY).as_posix() for path in paths if path.is_relative_to(REPOSITORY)}
-    added = {name for name in _imported if "/" not in name and name not in TOP_LEVEL}
-    return digest_of_files({*files, *own, *added})
+    return digest_of_files({*files, *own, *files_of_yours()})
 
 
 def origin(command, files):
-    """What a result comes from: the command, torch, the commit, digests of the code that decides it."""
+    """What a result comes from: the command, torch, the commit, digests of these files and of yours."""
     return dict(command=command, torch=str(torch.__version__), commit=commit(),
-                code={name: digest_of_file(name) for name in files})
+                code={name: digest_of_file(name) for name in (*files, *sorted(files_of_yours()))})
 
 
 def say_made_by_other_code(checkpoints):
@@ -184,13 +192,11 @@ def read(folder, kind=None):
     """
     path = Path(folder) / "checkpoint.pt"
     if not path.exists():
-        stage = STAGES.get(kind, "finetune.py")
-        if stage == "finetune.py" and Path(folder).name == "clean":
-            stage += " --mode clean"
+        stage = MADE_BY_DEFAULT.get(Path(folder).as_posix(), STAGES.get(kind, "finetune.py"))
         inside = sorted(str(found.parent) for found in Path(folder).glob("*/checkpoint.pt"))
         advice = f"; runs in it: {', '.join(inside)}" if inside else ""
-        raise UserError(f"{folder} holds no run (there is no {path}): make it with python {stage} --out "
-                        f"{shlex.quote(str(folder))}, or name another run's folder{advice}")
+        raise UserError(f"{folder} holds no run (there is no {path}): make one with python {stage}, or name "
+                        f"another run's folder{advice}")
     try:
         if zipfile.ZipFile(path).testzip():
             raise zipfile.BadZipFile("a checksum differs")
@@ -200,6 +206,11 @@ def read(folder, kind=None):
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise UserError(f"{path} is damaged, or no checkpoint of this project ({reason[:160]}); published "
                         "weights become a run by python -m studies.convert") from None
+    entries = {*DEFENSES, *AUTOENCODERS, *CLASSIFIERS}
+    for name in (checkpoint.get("defense"), checkpoint.get("config", {}).get("arch")):
+        if name and name not in entries:
+            raise UserError(f"{path} needs {name!r}, which is no entry of DEFENSES, AUTOENCODERS or CLASSIFIERS "
+                            "in model.py: was it made on another branch?")
     if kind == "autoencoder" and found == "classifier" and checkpoint["autoencoder"]:
         return checkpoint["autoencoder"]
     if kind not in (None, found):
@@ -388,6 +399,7 @@ def save(folder, checkpoint, whole, probe, **parts):
     path, temporary = folder / "checkpoint.pt", folder / f"checkpoint.pt.{os.getpid()}.tmp"
     try:
         torch.save(checkpoint, temporary)
+        check(temporary, whole, probe)
         patiently(lambda: os.replace(temporary, path))
     except (OSError, RuntimeError) as error:  # the second is torch.save's, for a full disk
         raise UserError(f"could not save {path} ({str(error).splitlines()[0]}); what was saved before is "
@@ -395,7 +407,6 @@ def save(folder, checkpoint, whole, probe, **parts):
                         "--resume") from None
     finally:
         temporary.unlink(missing_ok=True)  # after a failure or Ctrl-C half a file
-    check(folder, whole, probe)
     write_log(folder, checkpoint)
 
 
@@ -409,14 +420,14 @@ def write_log(folder, checkpoint):
         table.writerows(checkpoint["log"])
 
 
-def check(folder, whole, probe):
-    """UserError unless what the file in this folder makes gives the same answers as what is in memory.
+def check(file, whole, probe):
+    """UserError unless what this checkpoint makes gives the same answers as what is in memory.
 
     They differ where something that is trained is not saved, is saved as it was once read, or is replaced by
-    an average: whoever loads the folder would then test another model than the one that was trained.
+    an average: whoever loads it would then test another model than the one that was trained.
     """
     answers = []
-    for model in (whole, build_whole(read(folder), probe.device)):
+    for model in (whole, build_whole(torch.load(file, map_location="cpu", weights_only=True), probe.device)):
         model.eval()
         with torch.no_grad(), cli.repeated_draws(seed=0):
             if hasattr(model, "reconstruct"):  # an autoencoder
@@ -424,9 +435,12 @@ def check(folder, whole, probe):
             else:  # a classifier that knows nothing yet answers alike behind any defense
                 purified = model.purify(probe) if isinstance(model, Defense) else probe
                 answers.append(torch.cat([model(probe).flatten(), purified.flatten()]))
+    if not answers[0].isfinite().all():
+        raise UserError("the model's answers are no numbers any more; what was saved before is kept: train anew "
+                        "with a lower --base-lr")
     if not torch.allclose(*answers, rtol=1e-3, atol=1e-4):
-        raise UserError(f"{folder}/checkpoint.pt does not hold the model that was trained: what it makes "
-                        f"answers differently by up to {(answers[0] - answers[1]).abs().max():.3g}. Give "
+        raise UserError("what is saved is not the model that was trained: it answers differently by up to "
+                        f"{(answers[0] - answers[1]).abs().max():.3g}; what was saved before is kept. Give "
                         "run.save every part that is trained, as it is to be tested")
 
 

@@ -1,5 +1,6 @@
 """What the later stages test: the defenses that their flags ask for, and the test images."""
 
+import copy
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,7 +18,8 @@ class Entry(NamedTuple):
 
     name: in tables, the run's folder and the level. folder: the run's. level, value: its level in words and
     as a number (None for "off"). model: the defense, or the classifier where that is tested alone;
-    classifier: the one in it; defense: None where there is none.
+    classifier: the one in it; defense: None where there is none. checkpoint: the classifier's; pretraining:
+    that of the autoencoder in front of it, or None.
     """
     name: str
     folder: str
@@ -27,6 +29,7 @@ class Entry(NamedTuple):
     classifier: nn.Module
     defense: nn.Module
     checkpoint: dict
+    pretraining: dict = None
 
 
 def evaluation_flags(parser, images, runs=DEFAULT_RUNS):
@@ -92,18 +95,26 @@ def put_in_front(folder, classifier, checkpoint, autoencoder, pretraining, name,
     if name == "off":
         if checkpoint["defense"]:
             called += ", off"
-        return Entry(called, folder.as_posix(), "off", None, classifier, classifier, None, checkpoint)
+        return Entry(called, folder.as_posix(), "off", None, classifier, classifier, None, checkpoint, None)
     check_task(name, autoencoder, pretraining, folder)
-    defense = DEFENSES[name](autoencoder, classifier, level, votes=votes).eval()
+    defense = DEFENSES[name](autoencoder, classifier, level).eval()
+    defense.votes = votes
     if name != checkpoint["defense"]:
         called += f" behind {defense.title}"
     try:
         value = float(level)
     except ValueError:  # a distribution
         value = None
-    return Entry(f"{called}, "
-                 f"{defense.level}", folder.as_posix(), defense.level, value, defense, classifier, defense,
-                 checkpoint)
+    return Entry(f"{called}, {defense.level}", folder.as_posix(), defense.level, value, defense, classifier,
+                 defense, checkpoint, pretraining if DEFENSES[name].task else None)
+
+
+def twin_of(model):
+    """A copy of a module with the same weights, whose attributes, buffers and parts can be replaced."""
+    twin = copy.copy(model)
+    for name in ("_parameters", "_buffers", "_modules"):
+        vars(twin)[name] = dict(vars(model)[name])
+    return twin
 
 
 def load_run(folder, autoencoder_of, device):
@@ -130,18 +141,26 @@ def load_entries(args, device, votes=1):
     for folder, (classifier, checkpoint, autoencoder, pretraining) in loaded.items():
         chosen = choose_defenses(args, checkpoint, pretraining)
         needs_one = any(name != "off" and DEFENSES[name].task for name, _ in chosen)
+        lender = args.autoencoder
+        if lender and not needs_one:
+            raise UserError(f"--autoencoder changes nothing for {folder}, which is tested behind "
+                            f"{', '.join({name for name, _ in chosen})}: leave it out, or give --defense de3")
         if needs_one and autoencoder is None and lenders:
-            print(f"note: {folder} holds no autoencoder: that of {lenders[0]} is put in front of it")
-            _, _, autoencoder, pretraining = loaded[lenders[0]]
+            lender = lenders[0]
+            print(f"note: {folder} holds no autoencoder: that of {lender} is put in front of it")
+            _, _, autoencoder, pretraining = loaded[lender]
         for name, level in chosen:
-            entries.append(put_in_front(folder, classifier, checkpoint, autoencoder, pretraining, name, level,
-                                        votes))
+            entry = put_in_front(folder, classifier, checkpoint, autoencoder, pretraining, name, level, votes)
+            if lender and entry.pretraining:
+                entry = entry._replace(name=f"{entry.name}, autoencoder of {lender.name}")
+            entries.append(entry)
     checkpoints = {folder: checkpoint for folder, (_, checkpoint, _, _) in loaded.items()}
     run.say_made_by_other_code(checkpoints)
     entries = with_names_of_their_own(entries)
     first = entries[0].checkpoint
     args.data = args.data or first["data"]["name"]
-    args.out = args.out or args.runs[0].parent
+    first_run = args.runs[0] if args.runs[0].name else args.runs[0].resolve()  # "." has no parent
+    args.out = args.out or first_run.parent
     args.max_batch = args.max_batch or cli.MAX_BATCH.get(first["settings"]["size"], 256)
     if first["settings"]["size"] == "tiny" and device.type == "cpu":
         cli.choose_threads()
@@ -169,18 +188,15 @@ def load_test_images(args, entries, device):
     """What --data, --split and --images ask for: images and labels on the device, the names of the classes.
 
     Images are bytes, or floats in [0, 1]; attack.in_batches makes floats of them. Says what a run was trained
-    on, where it is tested on something else, and how many of the images it was trained on (args.trained_on: the
-    most of any run). UserError for runs that cannot be tested on the same images.
+    on, where it is tested on something else, and how many of the images it was trained on (args.trained_on, a
+    number for each entry's name). UserError for runs that cannot be tested on the same images.
     """
     if args.split is None:
         has_test = args.data in data.DATASETS or (Path(args.data) / "test").is_dir()
         args.split = "test" if has_test else "val"
+    check_same_images(entries)
     first = entries[0].checkpoint
     for folder, checkpoint in {entry.folder: entry.checkpoint for entry in entries}.items():
-        if checkpoint["config"]["image_size"] != first["config"]["image_size"]:
-            raise UserError("the runs take images of different sizes: test them in two calls")
-        if checkpoint["classes"] != first["classes"]:
-            raise UserError(f"{folder} and {entries[0].folder} have other classes: test them in two calls")
         if checkpoint["data"]["name"] != args.data:
             print(f"note: {folder} was trained on {checkpoint['data']['name']} and is tested on {args.data}")
     images, labels, classes = data.load_images(args.data, args.split, first["config"]["image_size"],
@@ -191,17 +207,31 @@ def load_test_images(args, entries, device):
     return images.to(device), labels.to(device), classes
 
 
+def check_same_images(entries):
+    """UserError for models that cannot be tested on the same images."""
+    first = entries[0]
+    for entry in entries:
+        if entry.checkpoint["config"]["image_size"] != first.checkpoint["config"]["image_size"]:
+            raise UserError("the runs take images of different sizes: test them in two calls")
+        if entry.checkpoint["classes"] != first.checkpoint["classes"]:
+            raise UserError(f"{entry.folder} and {first.folder} have other classes: test them in two calls")
+
+
 def count_trained_on(entries, images):
-    """How many of these images [N, C, S, S] a run was trained on, the most of any; says how many of each."""
-    digests, most = data.digest_of_each(images), 0
-    for folder, checkpoint in {entry.folder: entry.checkpoint for entry in entries}.items():
-        parts = [checkpoint, checkpoint["autoencoder"]] if checkpoint["autoencoder"] else [checkpoint]
+    """How many of these images [N, C, S, S] each model was trained on, {name of the entry: number}; says it.
+
+    What its autoencoder was trained on counts, too.
+    """
+    digests, counts, told = data.digest_of_each(images), {}, set()
+    for entry in entries:
+        parts = [part for part in (entry.checkpoint, entry.pretraining) if part]
         known = [part["data"]["digests"] for part in parts if "digests" in part["data"]]
         seen = int(torch.isin(digests, torch.cat(known)).sum()) if known else 0
-        if seen:
-            print(f"note: {seen} of these {len(images)} images are training images of {folder}")
-        most = max(most, seen)
-    return most
+        if seen and (entry.folder, seen) not in told:
+            print(f"note: {seen} of these {len(images)} images are training images of {entry.folder}")
+            told.add((entry.folder, seen))
+        counts[entry.name] = seen
+    return counts
 
 
 def own_share(images, labels):

@@ -174,7 +174,8 @@ def run(script, *arguments):
     out, err, code = io.StringIO(), io.StringIO(), 0
     argv = [f"{script}.py", *map(str, arguments)]
     run_module._imported.clear()  # as in a new process: a test may have edited a file
-    if "--device" not in argv and script not in ("studies.plot", "studies.ship", "studies.convert"):
+    without_device = ("studies.plot", "studies.ship", "studies.convert", "studies.wiener")
+    if "--device" not in argv and script not in without_device:
         argv += ["--device", "cpu"]
     with contextlib.ExitStack() as stack:
         stack.enter_context(mock.patch("sys.argv", argv))

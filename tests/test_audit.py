@@ -5,6 +5,7 @@ import warnings
 from unittest import mock
 
 import torch
+from torch import nn
 
 from attack import accuracy, check_adversarial
 from model import De3, NoiseOnly, UserError, add_noise
@@ -147,6 +148,12 @@ class TestAudit(unittest.TestCase):
         self.assertGreater(rates[0], rates[1])
         self.assertGreater(rates[1], rates[2])
         self.assertLess(rates[2], rates[0] - 0.1)
+
+    def test_search_on_images_that_are_not_square(self):
+        model, shape = nn.Sequential(nn.Flatten(), nn.Linear(3 * 24 * 8, 2)), (2, 3, 24, 8)
+        images, labels = random_images(*shape), torch.tensor([0, 1])
+        for x in (images, images.transpose(2, 3).contiguous()):
+            check_adversarial(audit.square_search(model, x, labels, 0.05, 20), x, 0.05, "linf")
 
     def test_large_data_in_batches(self):
         """No model sees more than max_batch images at once."""

@@ -152,6 +152,21 @@ class TestCertificate(unittest.TestCase):
             with self.assertRaisesRegex(UserError, "sees more of the image"):
                 certify.check_certifiable(defense, random_images()[0])
 
+    def test_draws_of_a_batch(self):
+        """Images of a batch that share a noise, or change each other's answers, are no independent draws."""
+        class OneForAll(De3):
+            def add_noise(self, images):
+                noise = torch.randn_like(images[0]) if self.noise is None else self.noise
+                return images + noise * self.sigma.fixed / 255
+
+        class Together(nn.Module):
+            def forward(self, x):
+                return x.flatten(1) - x.flatten(1).mean(0)
+        image, autoencoder = random_images()[0], small_autoencoder()
+        for defense in (OneForAll(autoencoder, small_classifier(), 50), De3(autoencoder, Together(), 50)):
+            with self.assertRaisesRegex(UserError, "draws are not independent"):
+                certify.check_certifiable(defense.eval(), image)
+
     def test_script_refuses(self):
         """And writes nothing."""
         folder, out = digits_runs()[0] / "de3", new_folder()

@@ -247,7 +247,7 @@ class TestCompare(WithSmallTable):
         self.runs()
         self.measured()
         digest_of_file = run_module.digest_of_file
-        for name in ("attack.py", "studies/compare.py", "support/report.py"):
+        for name in ("attack.py", "studies/compare.py", "studies/certify.py", "support/report.py"):
             def digest(file, name=name):
                 return "edited" if file == name else digest_of_file(file)
             with self.subTest(name), mock.patch.object(run_module, "digest_of_file", digest):
@@ -302,12 +302,28 @@ class TestCompare(WithSmallTable):
         assert_refused(run("studies.compare", "much"), "much")
 
 
+class HoldsNoise(NoiseOnly):
+    """Its noise is a buffer, so that it moves with the model to a device."""
+
+    def __init__(self, autoencoder, classifier, sigma, noise=None, **settings):
+        super().__init__(autoencoder, classifier, sigma, None, **settings)
+        del self.noise
+        self.register_buffer("noise", noise)
+
+
 class TestReadings(unittest.TestCase):
     def readings(self, model):
         """What `measure` finds for a defense of the linear classifier, on 40 digits."""
         _, (images, labels) = linear_on_digits()
         return compare.measure(model, images[:40], labels[:40], eps=0.05, l2=0.5, steps=5, eot=4, seed=0,
                                batch=20)
+
+    def test_noise_in_a_buffer(self):
+        """It is given to a copy: the readings are those of a plain attribute, and the defense stays as it was."""
+        model, _ = linear_on_digits()
+        defense = HoldsNoise(None, model, 100)
+        self.assertEqual(self.readings(defense), self.readings(NoiseOnly(None, model, 100)))
+        self.assertIsNone(defense.noise)
 
     def test_readings(self):
         """Stricter readings are lower; where nothing is random they are one."""
@@ -461,6 +477,13 @@ class TestPlot(unittest.TestCase):
         self.assertEqual(printed, "")
         self.assertIn("one seed", self.choose(rows[1:2])[1])
         self.assertIn("(one in 4 where", self.choose([compared_row(every="4")])[1])
+
+    def test_levels_that_are_no_numbers(self):
+        """Two distributions are two curves."""
+        rows = [compared_row(level=f"σ = uniform:{name}", value="", one_shot=value)
+                for name, value in (("0,20", "40"), ("80,90", "50"))]
+        points, _, _ = self.choose(rows)
+        self.assertEqual(points, {"De³, σ = uniform:0,20": {None: [40]}, "De³, σ = uniform:80,90": {None: [50]}})
 
     def test_one_attack(self):
         """Whatever makes earlier rows another measurement than the last one leaves them out, counted."""

@@ -314,6 +314,15 @@ class TestFolders(unittest.TestCase):
                 _, labels, classes = data.load_images("own", "val", 32)
             self.assertEqual((sorted(labels.tolist()), classes), ([0, 1], ["a", "b"]))
 
+    def test_what_a_tensor_data_set_must_be(self):
+        """Two classes of one name, or images of other floats: a sentence."""
+        for images, classes, words in ((torch.zeros(2, 3, 32, 32), ["crane", "crane"], "the same name"),
+                                       (torch.zeros(2, 3, 32, 32).double(), ["a", "b"], "uint8. or float32")):
+            dataset = TensorDataset(images, torch.tensor([0, 1]))
+            dataset.classes = classes
+            with self.entry(lambda split, image_size: dataset):
+                self.assertRaisesRegex(UserError, words, data.load_images, "own", "val", 32)
+
     def entry(self, opening):
         """Inside, DATASETS has "own", which is opened so."""
         row = data.DATASETS["digits"]._replace(open=opening)

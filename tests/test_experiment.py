@@ -186,7 +186,8 @@ class TestWeights(unittest.TestCase):
         finished(run("attack", de3, "--autoencoder", nim, *ATTACK, "--out", out / "after"))
         with_new = read_csv(out / "after/attack.csv")[len(rows):]
         for old, new in zip(rows, with_new, strict=True):
-            self.assertEqual((new["defense"], new["attack"]), (old["defense"], old["attack"]))
+            self.assertEqual((new["defense"], new["attack"]),
+                             (f"{old['defense']}, autoencoder of nim", old["attack"]))
             self.assertNotEqual(old["weights"], new["weights"])
 
     def test_code_that_makes_another_model(self):

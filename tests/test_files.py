@@ -192,20 +192,32 @@ class TestSave(unittest.TestCase):
         """Weights in memory that are not those in the file are refused, as soon as they are saved."""
         model, torch_save = small_classifier(), torch.save
         self.save(model)
-        run_module.check(self.folder, model, self.images)
+        run_module.check(self.path, model, self.images)
         for weight in (model.blocks[1].mlp.fc2.weight, model.pos_embed, model.mean):
             with torch.no_grad():
                 kept = weight.clone()
                 weight += 0.3 * torch.randn_like(weight)
                 with self.subTest(list(weight.shape)), self.assertRaisesRegex(
-                        UserError, "does not hold the model that was trained.* differently by up to [0-9.]+"):
-                    run_module.check(self.folder, model, self.images)
+                        UserError, "is not the model that was trained.* differently by up to [0-9.]+"):
+                    run_module.check(self.path, model, self.images)
                 weight.copy_(kept)
 
         def save_others(content, path):
             torch_save({**content, "model": small_classifier(seed=9).state_dict()}, path)
-        with mock.patch("torch.save", save_others), self.assertRaisesRegex(UserError, "does not hold"):
+        with mock.patch("torch.save", save_others), self.assertRaisesRegex(UserError, "is not the model"):
             self.save(model)
+        run_module.check(self.path, model, self.images)  # what was saved before is kept
+
+    def test_answers_that_are_no_numbers(self):
+        """Training that diverged in its last step does not replace what was saved before."""
+        model = small_classifier()
+        self.save(model)
+        before = self.path.read_bytes()
+        with torch.no_grad():
+            model.head.weight.fill_(torch.nan)
+        with self.assertRaisesRegex(UserError, "no numbers any more.*lower --base-lr"):
+            self.save(model)
+        self.assertEqual(self.path.read_bytes(), before)
 
     def test_in_evaluation_mode(self):
         """Drop path and the like do not count."""
@@ -230,7 +242,7 @@ class TestSave(unittest.TestCase):
             with torch.no_grad():
                 autoencoder.decoder_pred.weight += 0.1 * torch.randn_like(autoencoder.decoder_pred.weight)
         with self.assertRaisesRegex(UserError, "Give run.save every part that is trained"):
-            run_module.check(self.folder, defense, self.images)
+            run_module.check(self.path, defense, self.images)
 
     def test_average_of_weights(self):
         """It can be what is tested, while --resume goes on with the raw weights and their optimizer."""
@@ -293,7 +305,7 @@ class TestWhatIsTrainedIsSaved(unittest.TestCase):
         with mock.patch.dict(DEFENSES, de3=JointDe3):
             with mock.patch("torch.save", save_as_read):
                 result = run(*flags, new_folder() / "run")
-            assert_refused(result, ("does not hold the model that was trained", "run.save"))
+            assert_refused(result, ("is not the model that was trained", "run.save"))
             self.assertEqual(result.out.count("\nepoch "), 1)
             finished(run(*flags, folder))
         held = saved(folder)["autoencoder"]["model"]["decoder_pred.bias"]

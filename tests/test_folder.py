@@ -50,8 +50,9 @@ class TestFolder(unittest.TestCase):
         finished(run("attack", *more, "--sigma", "off", 70))
         found = [(row["defense"], row["run"], row["level"]) for row in read_csv(out / "attack.csv")[4:]]
         self.assertEqual(found, [
-            ("clean", str(clean), "off"), ("clean behind De³, σ = 70", str(clean), "σ = 70"),
-            ("de3, off", str(de3), "off"), ("de3, σ = 70", str(de3), "σ = 70")])
+            ("clean", str(clean), "off"),
+            ("clean behind De³, σ = 70, autoencoder of nim", str(clean), "σ = 70"),
+            ("de3, off", str(de3), "off"), ("de3, σ = 70, autoencoder of nim", str(de3), "σ = 70")])
 
         # the same by name, which was measured already
         table = (out / "attack.csv").read_bytes()

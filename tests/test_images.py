@@ -363,7 +363,7 @@ class TestPhotographs(unittest.TestCase):
         here = new_folder()
         with contextlib.chdir(here):
             finished(run("defend", photo_classifier(), "--photos", photos() / "val/red/0.png", "--sigma", 0))
-        self.assertTrue((here / "photos" / "predictions.csv").exists())
+        self.assertTrue((here / "runs/photos/predictions.csv").exists())
 
     def test_purified_picture(self):
         """What the classifier saw, in the draw that was classified."""

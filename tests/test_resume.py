@@ -236,6 +236,18 @@ class TestFinished(unittest.TestCase):
         assert_refused(run("finetune", "--from-scratch", *photo_flags(), "--out", photo_autoencoder()),
                        "holds a run")  # also one of another kind
 
+    def test_other_autoencoder(self):
+        """A run does not go on behind another autoencoder than it was begun behind; with the same it does."""
+        nim, folder = photo_autoencoder(), new_folder() / "de3"
+        flags = ("--workers", 0, *training(2), "--out", folder)
+        with cut_after(1):
+            run("finetune", "--autoencoder", nim, *flags)
+        other = photo_autoencoder(epochs=2)
+        assert_refused(run("finetune", "--autoencoder", other, *flags, "--resume"), "another autoencoder")
+        self.assertEqual(saved(folder)["epoch"], 1)
+        finished(run("finetune", "--autoencoder", nim, *flags, "--resume"))
+        self.assertEqual(saved(folder)["epoch"], 2)
+
     def test_overwrite(self):
         """Trains anew: the weights of a new run, its log from the start, and other files are left."""
         folder, fresh = photo_runs(), new_folder() / "fresh"

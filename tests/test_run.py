@@ -8,6 +8,7 @@ import pickle
 import shutil
 import subprocess
 import sys
+import types
 import unittest
 from unittest import mock
 
@@ -97,17 +98,18 @@ class TestCheckpoint(unittest.TestCase):
         self.assertFalse(trace.exists())
 
     def test_missing(self):
-        """A later stage names the command that makes the run."""
+        """A later stage names the one that makes such runs, and of a default run the whole command."""
         for maker, *stage in (("pretrain.py", "finetune", "--autoencoder"), ("finetune.py", "attack"),
                               ("finetune.py", "defend")):
-            assert_refused(run(*stage, self.folder),
-                           f"make it with python {maker} --out {self.folder}, or")
-        assert_refused(run("attack", self.folder / "clean"), "finetune.py --mode clean --out")
+            assert_refused(run(*stage, self.folder), f"make one with python {maker}, or name")
+        with contextlib.chdir(self.folder):
+            assert_refused(run("attack"), "make one with python finetune.py --mode clean, or")
+            assert_refused(run("finetune", "--autoencoder", "runs/digits/mim"), "pretrain.py --task mim, or")
 
     def test_other_files(self):
         """Truncated, of another kind, or of something else."""
-        self.refused(r"holds no run .*python pretrain.py --out")
-        self.refused(r"holds no run .*python finetune.py --out", "classifier")
+        self.refused(r"holds no run .*python pretrain.py, or")
+        self.refused(r"holds no run .*python finetune.py, or", "classifier")
         checkpoint, _ = small_checkpoint("autoencoder")
         torch.save(checkpoint, self.path)
         whole = self.path.read_bytes()
@@ -341,6 +343,20 @@ class TestCode(unittest.TestCase):
             run_module.note_imported_code()
             self.assertEqual((module.x, run_module.digest_of_file(name)),
                              (20, run_module.digest_of_code("x = 20")))
+
+    def test_code_of_the_script_that_was_started(self):
+        """python attack.py is __main__: an edit while it runs changes no digest either."""
+        path = new_folder() / "stage.py"
+        path.write_text("x = 1\n")
+        started = types.ModuleType("__main__")
+        started.__file__ = str(path)
+        with mock.patch.object(run_module, "REPOSITORY", path.parent), \
+                mock.patch.dict(run_module._imported, clear=True), \
+                mock.patch.dict(sys.modules, {"__main__": started}):
+            run_module.note_imported_code()
+            path.write_text("x = 20\n")
+            run_module.note_imported_code()
+            self.assertEqual(run_module.digest_of_file("stage.py"), run_module.digest_of_code("x = 1"))
 
     def test_one_line_for_all_runs(self):
         """Of runs made by other code, or with an autoencoder made by other code, each with its files."""

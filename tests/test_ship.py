@@ -9,7 +9,7 @@ import torch
 from studies import ship
 from support import run as run_module
 from tests.helpers import (REPOSITORY, assert_near, assert_refused, digits_runs, finished, new_folder,
-                           photo_autoencoder, photo_classifier, photos, read_csv, run)
+                           photo_autoencoder, photo_classifier, photos, read_csv, run, saved)
 
 
 class TestShip(unittest.TestCase):
@@ -91,8 +91,8 @@ class TestShip(unittest.TestCase):
                        ("unfinished", "--resume"))
         again = Path(shutil.copytree(photo_autoencoder(), new_folder() / photo_autoencoder().name))
         out = new_folder()
-        assert_refused(run("studies.ship", photo_autoencoder(), again, "--out", out), "the same name")
-        self.assertEqual(list(out.iterdir()), [])
+        assert_refused(run("studies.ship", photo_autoencoder(), again, "--out", out), "holds a run: name another")
+        self.assertEqual(saved(out / again.name)["kind"], "autoencoder")  # the first of them
         copied = shutil.copytree(self.assets / "nim", new_folder() / "nim")
         assert_refused(run("pretrain", "--out", copied, "--resume"), ("lacks what --resume needs", "--init"))
 

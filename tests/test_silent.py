@@ -1,7 +1,9 @@
 """No wrong number without a word: what somebody who edits the code would not notice."""
 
+import shutil
 import unicodedata
 import unittest
+from pathlib import Path
 from unittest import mock
 
 import numpy as np
@@ -15,8 +17,8 @@ from model import DEFENSES, De3, NoiseOnly, NoiseScale, UserError
 from studies import compare
 from support import cli, data, run, training
 from tests.helpers import (assert_refused, copy_of_photos, finished, linear_on_digits, new_folder, new_python,
-                           photo_autoencoder, photo_flags, photos, random_images, read_csv, small_autoencoder,
-                           small_classifier)
+                           photo_autoencoder, photo_classifier, photo_flags, photos, random_images, read_csv,
+                           small_autoencoder, small_classifier)
 from tests.helpers import run as run_stage
 from tests.helpers import training as short
 
@@ -215,6 +217,9 @@ class TestKinds(unittest.TestCase):
         before = run.digest_of_code_of(["model.py"], model)
         with mock.patch.dict(run._imported, {"my_losses.py": (None, "0123456789ab")}):
             self.assertNotEqual(run.digest_of_code_of(["model.py"], model), before)
+            self.assertIn("my_losses.py", run.origin("python x.py", ["model.py"])["code"])
+        with mock.patch.dict(run._imported, {"mine/losses.py": (None, "0123456789ab")}):  # a package
+            self.assertNotEqual(run.digest_of_code_of(["model.py"], model), before)
         with mock.patch.dict(run._imported, {"studies/mine.py": (None, "0123456789ab")}):
             self.assertEqual(run.digest_of_code_of(["model.py"], model), before)
 
@@ -300,6 +305,54 @@ class TestKinds(unittest.TestCase):
             result = finished(run_stage("attack", "assets/digits/de3", "--sigma", 0, 20, "--images", 4, "--steps", 2,
                                         "--eot", 2, "--eps", "8/255", *flags, "--out", new_folder()))
             self.assertEqual(words in result.out, is_said, flags)
+
+    def test_photographs_under_runs_of_other_classes(self):
+        """No run's answers get the names of another's classes."""
+        photo = photos() / "val/red/0.png"
+        result = run_stage("defend", "assets/digits/clean", "assets/cifar10/clean", "--photos", photo, "--out",
+                           new_folder())
+        assert_refused(result, "have other classes: test them in two calls")
+
+    def test_photographs_in_a_folder_with_an_accent(self):
+        """A Mac writes it otherwise than the class is called, and it counts all the same."""
+        folder = copy_of_photos()
+        for split in ("train", "val"):
+            (folder / split / "red").rename(folder / split / unicodedata.normalize("NFC", "réd"))
+        clean = new_folder() / "clean"
+        finished(run_stage("finetune", "--from-scratch", "--mode", "clean", *photo_flags(folder), *short(), "--out",
+                           clean))
+        mac = new_folder() / unicodedata.normalize("NFD", "réd")
+        shutil.copytree(photos() / "val/red", mac)
+        result = finished(run_stage("defend", clean, "--photos", mac, "--out", new_folder()))
+        self.assertIn("of 8 photographs in folders named as classes", result.out)
+
+    def test_autoencoder_that_would_not_be_used(self):
+        """--autoencoder for a run that is tested behind noise alone."""
+        result = run_stage("attack", photo_classifier("no-denoise"), "--autoencoder", photo_autoencoder(), "--images", 3)
+        assert_refused(result, ("--autoencoder changes nothing", "tested behind no-denoise"))
+
+    def test_images_of_a_lent_autoencoder(self):
+        """What the autoencoder in front was trained on counts, for those behind it and for no other."""
+        clean, folder, out = photo_classifier("clean"), copy_of_photos(), new_folder()
+        shutil.rmtree(folder / "val")
+        shutil.copytree(folder / "train", folder / "val")  # all are training images, also the autoencoder's
+        de3 = new_folder() / "untold"  # a classifier that knows of no images
+        shutil.copytree(clean, de3)
+        checkpoint = torch.load(de3 / "checkpoint.pt")
+        del checkpoint["data"]["digests"]
+        torch.save(checkpoint, de3 / "checkpoint.pt")
+        finished(run_stage("attack", de3, "--autoencoder", photo_autoencoder(), "--sigma", "off", 0, "--data", folder,
+                           "--split", "val", "--attack", "fgsm", "--eps", "8/255", "--images", 24, "--out", out))
+        self.assertEqual([(row["level"], row["trained_on"]) for row in read_csv(out / "attack.csv")],
+                         [("off", "0"), ("σ = 0", "24")])
+
+    def test_defense_of_another_branch(self):
+        """A run that needs an entry which model.py lacks."""
+        folder = Path(shutil.copytree(photo_classifier(), new_folder() / "run"))
+        checkpoint = torch.load(folder / "checkpoint.pt")
+        for changes in ({"defense": "quantizer"}, {"config": {**checkpoint["config"], "arch": "mixer"}}):
+            torch.save({**checkpoint, **changes}, folder / "checkpoint.pt")
+            assert_refused(run_stage("attack", folder), "no entry of DEFENSES, AUTOENCODERS or CLASSIFIERS")
 
     def test_kept_row_keeps_its_warning(self):
         out = new_folder()
