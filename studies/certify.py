@@ -179,7 +179,7 @@ def main(argv=None):
     args = arguments(argv)
     device = cli.open_device(args.device)
     entries = tested.load_entries(args, device)
-    if not args.sigma:  # of the defaults those that can be certified
+    if not (args.sigma or args.defense):  # of the defaults those that can be certified
         entries = [entry for entry in entries if getattr(entry.defense, "is_random", False)] or entries
     images, labels, _ = tested.load_test_images(args, entries, device)
     for entry in entries:

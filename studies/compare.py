@@ -181,7 +181,7 @@ def arguments(argv=None):
     add("--every", type=cli.count, metavar="N", help="of a random defense, read what takes many draws on "
         "one in N of these images, the first; default 1 (color 4)")
     add("--eps", type=cli.eps, help="radius in L∞, default 16/255 (color 4/255)")
-    add("--l2", type=float, help="radius in L2, 0: none; default: as the table says")
+    add("--l2", type=cli.eps, help="radius in L2, 0: none; default: as the table says")
     add("--steps", type=cli.count, default=20, help="of PGD, default 20")
     add("--eot", type=cli.count, default=8, help="draws in each gradient, default 8")
     add("--seed", type=int, default=0, help="of the noise and the attack, default 0")

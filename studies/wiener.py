@@ -51,7 +51,7 @@ def arguments(argv=None):
     add("--data", type=data.dataset_name, default="digits", help=f"{data.DATA_HELP}; default digits")
     add("--out", type=cli.folder, required=True, metavar="RUN", help="the run's folder")
     add("--blur", action="store_true", help="a Gaussian blur instead of the filter")
-    add("--sigma", type=float, help="the noise it is for; default 120 (digits), 75")
+    add("--sigma", type=cli.positive, help="the noise it is for; default 120 (digits), 75")
     add("--seed", type=int, default=0, help="what the fine-tuning takes over, default 0")
     return cli.parse(parser, argv, machine=False)
 
@@ -63,8 +63,6 @@ def main(argv=None):
         raise UserError("a filter of all pixels is for images of up to 64 pixels")
     size = SIZES[dataset.size]
     sigma = AT.get(args.data, 75.0) if args.sigma is None else args.sigma
-    if not sigma > 0:
-        raise UserError(f"--sigma is the noise that the denoiser is for, above 0, not {sigma:g}")
     images, _, classes = data.load_images(args.data, "train", size["image_size"])
     heldout, _, _ = data.load_images(args.data, "val", size["image_size"], classes, data.HELDOUT_IMAGES)
     images, heldout = data.as_floats(images), data.as_floats(heldout)

@@ -31,12 +31,23 @@ def count(text):
     return value
 
 
+def positive(text):
+    """An argparse type: a number above 0, of a learning rate, a sigma, seconds."""
+    value = float(text)
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text} is not a number above 0")
+    return value
+
+
 def eps(text):
     """An argparse type: '8/255' or '0.03', an attack radius or a step."""
     try:
-        return float(Fraction(text))
+        value = float(Fraction(text))
     except (ValueError, ZeroDivisionError):
         raise argparse.ArgumentTypeError(f"{text!r} is not a number, as 8/255 or 0.03") from None
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"{text} is below 0")
+    return value
 
 
 def folder(text):
@@ -75,7 +86,7 @@ def training_parser(prog, docstring, recipes):
     add("--seed", type=int, help="of all random numbers, default 0")
     add("--epochs", type=count, help="times that every image is seen")
     add("--batch-size", type=count, help="images of one optimizer step, of all processes together")
-    add("--base-lr", type=float, help="the peak learning rate is this x batch/256")
+    add("--base-lr", type=positive, help="the peak learning rate is this x batch/256")
     existing = parser.add_mutually_exclusive_group()
     existing.add_argument("--resume", action="store_true", help="go on where the run in --out last saved, "
                           "with its settings; begin it where there is none")

@@ -130,8 +130,9 @@ class TestBadInput(unittest.TestCase):
         for flags in (["--sigma", "-5"], ["--sigma", "nan"], ["--sigma", "uniform:30,0"],
                       ["--sigma", "1e300"], ["--sigma", "50", "--task", "mim"], ["--epochs", "0"],
                       ["--epochs", "x"], ["--epochs", "1.5"], ["--batch-size", "0"], ["--max-batch", "0"],
-                      ["--seed", "x"], ["--base-lr", "x"], ["--workers", "x"], ["--task", "dae"],
-                      ["--size", "giant"], ["--arch", "unet"], ["--flag-that-is-not"], ["--runs", out],
+                      ["--seed", "x"], ["--base-lr", "x"], ["--base-lr", "-1"], ["--workers", "x"],
+                      ["--task", "dae"], ["--size", "giant"], ["--arch", "unet"],
+                      ["--flag-that-is-not"], ["--runs", out],
                       ["--resume", "--overwrite"]):
             self.refused("pretrain", "--out", out, *flags, says=flags[0].strip("-"))
         source = ("--autoencoder", photo_autoencoder(), "--out", out)
@@ -153,10 +154,9 @@ class TestBadInput(unittest.TestCase):
                       ["--max-batch", "0"], ["--step-size", "x"], ["--norm", "l2"], ["--run", "x"],
                       ["--mask-ratio", "0.5"], ["--threat", "black"], ["--save", "x.npz"]):
             self.refused("attack", classifier, "--out", out, *flags, says=flags[0].strip("-"))
-        for eps in ("8", "-0.1"):  # by pgd itself, as the step
-            self.refused("attack", classifier, "--out", out, "--eps", eps, says=("eps must be", "8/255"))
-        self.refused("attack", classifier, "--out", out, "--attack", "pgd", "--step-size", "-1",
-                     says="step_size must not be negative")
+        self.refused("attack", classifier, "--out", out, "--eps", "8", says=("eps must be", "8/255"))
+        for flag in ("--eps", "--step-size"):
+            self.refused("attack", classifier, "--out", out, flag, "-1", says="is below 0")
         for level in ("de3:-1", "no-denoise:x", "de3:gamma:0,1"):
             self.refused("attack", classifier, "--defense", level, says="sigma")
         for level in ("mim:1", "mim:-0.1", "mim-visible:gamma:1,1"):
