@@ -212,8 +212,8 @@ def main(argv=None):
     images, labels, classes = tested.load_test_images(args, entries, device)
     images = data.as_floats(images)
     if len(images) < FEWEST_IMAGES:
-        raise UserError(f"{len(images)} images say nothing: a difference counts from 9 images on, "
-                        f"{FEWEST_IMAGES} or more are needed (--images)")
+        raise UserError(f"{len(images)} images say nothing: a difference counts from 9 images on, give "
+                        f"--images {FEWEST_IMAGES} or more")
     say_one_answer(audited.name, audited.model, images, labels, classes, args.max_batch)
     eps = audited.checkpoint["data"]["eps"] if args.eps is None else args.eps
     cli.seed_everything(args.seed)

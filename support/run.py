@@ -14,6 +14,7 @@ A folder holds one run. It is begun once: whoever creates checkpoint.pt owns the
 """
 
 import ast
+import contextlib
 import csv
 import functools
 import hashlib
@@ -398,16 +399,25 @@ def save(folder, checkpoint, whole, probe, **parts):
     checkpoint["resume"] = {name: part.state_dict() for name, part in parts.items()}
     path, temporary = folder / "checkpoint.pt", folder / f"checkpoint.pt.{os.getpid()}.tmp"
     try:
-        torch.save(checkpoint, temporary)
+        with told_if_not_saved(path):
+            torch.save(checkpoint, temporary)
         check(temporary, whole, probe)
-        patiently(lambda: os.replace(temporary, path))
-    except (OSError, RuntimeError) as error:  # the second is torch.save's, for a full disk
-        raise UserError(f"could not save {path} ({str(error).splitlines()[0]}); what was saved before is "
-                        "kept: make room, or close the program that has it open, and go on with "
-                        "--resume") from None
+        with told_if_not_saved(path):
+            patiently(lambda: os.replace(temporary, path))
     finally:
         temporary.unlink(missing_ok=True)  # after a failure or Ctrl-C half a file
     write_log(folder, checkpoint)
+
+
+@contextlib.contextmanager
+def told_if_not_saved(path):
+    """Inside, an error of the file system is a UserError; so is torch.save's RuntimeError, for a full disk."""
+    try:
+        yield
+    except (OSError, RuntimeError) as error:
+        raise UserError(f"could not save {path} ({str(error).splitlines()[0]}); what was saved before is "
+                        "kept: make room, or close the program that has it open, and go on with "
+                        "--resume") from None
 
 
 def write_log(folder, checkpoint):

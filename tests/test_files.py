@@ -152,6 +152,7 @@ class TestKilled(unittest.TestCase):
 class TestSave(unittest.TestCase):
     def setUp(self):
         self.folder, self.images = new_folder() / "run", random_images()
+        self.path = self.folder / "checkpoint.pt"
         self.checkpoint, self.args, self.train = begun(self.folder)
 
     def save(self, whole, **parts):

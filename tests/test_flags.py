@@ -93,8 +93,8 @@ class TestFlags(unittest.TestCase):
     def test_radius_in_pixels(self):
         """8 for 8/255: refused by the attack itself, in every stage, before a figure is kept."""
         de3, out = photo_classifier(), new_folder()
-        for script in ("attack", "defend", "studies.audit"):
-            self.refused(script, de3, "--eps", 8, "--out", out, says="write 8/255")
+        for script, tested in (("attack", de3), ("defend", de3), ("studies.audit", "assets/digits/de3")):
+            self.refused(script, tested, "--eps", 8, "--out", out, says="write 8/255")
         self.assertEqual(list(out.iterdir()), [])
         self.refused("finetune", "--autoencoder", photo_autoencoder(), "--adversarial", 8, *training(2),
                      "--out", new_folder(), says="write 8/255")

@@ -174,7 +174,8 @@ class TestPublished(FilesOfWeights):
                                   "--out", tables / name))
             self.assertNotIn("other code", result.out)
             rows = read_csv(tables / name / "attack.csv")
-            self.assertEqual([row["defense"] for row in rows], [name, f"{name} behind De³, σ = 20"])
+            self.assertEqual([row["defense"] for row in rows],
+                             [name, f"{name} behind De³, σ = 20, autoencoder of nim"])
             self.assertEqual({row["run"] for row in rows}, {classifier.as_posix()})
             found.append([(row["clean_accuracy"], row["weights"]) for row in rows])
         self.assertEqual(found, [found[0]] * 3)
@@ -224,7 +225,7 @@ class TestPublished(FilesOfWeights):
         finished(run("attack", photo_classifier("clean"), "--autoencoder", out, "--attack", "fgsm",
                      "--eps", 0, "--images", 6, "--out", self.folder))
         self.assertEqual([row["defense"] for row in read_csv(self.folder / "attack.csv")],
-                         [f"clean behind MIM, mask {ratio}" for ratio in (0.25, 0.5, 0.75)])
+                         [f"clean behind MIM, mask {ratio}, autoencoder of weights" for ratio in (0.25, 0.5, 0.75)])
 
     def test_default_of_norm_pix(self):
         """On at patches of 14 pixels and more, as MAE's; the flag decides where it is given."""

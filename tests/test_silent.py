@@ -328,7 +328,8 @@ class TestKinds(unittest.TestCase):
 
     def test_autoencoder_that_would_not_be_used(self):
         """--autoencoder for a run that is tested behind noise alone."""
-        result = run_stage("attack", photo_classifier("no-denoise"), "--autoencoder", photo_autoencoder(), "--images", 3)
+        noise_only, nim = photo_classifier("no-denoise"), photo_autoencoder()
+        result = run_stage("attack", noise_only, "--autoencoder", nim, "--images", 3)
         assert_refused(result, ("--autoencoder changes nothing", "tested behind no-denoise"))
 
     def test_images_of_a_lent_autoencoder(self):

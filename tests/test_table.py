@@ -130,7 +130,7 @@ class TestRows(unittest.TestCase):
                 (["trades", "paper's"], ["--sigma", 50, "off"],
                  [("trades", "off", ""), ("paper's, σ = 50", "σ = 50", "50.0"), ("paper's, off", "off", "")]),
                 (["trades"], ["--autoencoder", photo_autoencoder(), "--sigma", 9],
-                 [("trades behind De³, σ = 9", "σ = 9", "9.0")]),
+                 [("trades behind De³, σ = 9, autoencoder of nim", "σ = 9", "9.0")]),
                 (["paper's"], ["--defense", "no-denoise:uniform:0,9"],
                  [("paper's behind noise only, σ = uniform:0,9", "σ = uniform:0,9", "")]),
                 (["a/same", "b/same"], ["--sigma", 50],
