@@ -197,7 +197,7 @@ def arguments(argv=None):
     add = parser.add_argument
     add("--size", choices=SIZES, default="small", help="default small")
     add("--batch", type=cli.count, default=16, help="images at once, default 16")
-    add("--seconds", type=cli.positive, default=10, help="of each line at least, default 10")
+    add("--seconds", type=float, default=10, help="of each line at least, default 10")
     add("--seed", type=int, default=0, help="default 0")
     add("--device", choices=["auto", "cpu", "cuda"], default="auto", help="default auto")
     add("--bf16", action=argparse.BooleanOptionalAction, help="default: on a GPU")

@@ -32,7 +32,7 @@ def count(text):
 
 
 def positive(text):
-    """An argparse type: a number above 0, of a learning rate, a sigma, seconds."""
+    """An argparse type: a number above 0, of a learning rate, a sigma."""
     value = float(text)
     if not 0 < value < float("inf"):
         raise argparse.ArgumentTypeError(f"{text} is not a number above 0")
