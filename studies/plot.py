@@ -29,7 +29,7 @@ KINDS = {  # how a defense's name begins: its color (Okabe and Ito's), marker; w
     "De³ with a linear filter": ("#56b4e9", "*"), "De³, adversarially": ("#e69f00", "P"),
 }
 LEFT_OUT = ("MIM", "De³ off the shelf", "noise off the shelf", "De³, pretrained on σ", "De³, trained as long",
-            "De³ with a blur", "De³ with a linear filter, from scratch")
+            "De³ with a blur", "De³ with a linear filter, from scratch", "De³ with a linear filter, in testing")
 RUNGS = {"gray_box": "only the classifier\n(gray-box)", "no_eot": "the whole defense,\none draw a step",
          "one_shot": "its average\n(EOT, one shot)", "noise_known": "the noise"}
 ONE_ATTACK = ("norm", "eps", "l2_radius", "steps", "eot", "data", "split", "images", "every", "pixels",
@@ -58,15 +58,15 @@ def defenses_to_draw(rows):
 
     What has several levels that are no numbers, as distributions, is a defense for each.
     """
+    others = sorted({row["defense"] for row in rows if row["defense"].startswith(LEFT_OUT)})
     found = {}
     for row in rows:
-        if row["defense"].startswith(LEFT_OUT):
+        if row["defense"] in others:
             continue
         sigma = float(row["value"]) if row["value"] else None
         has_level = sigma is None and row["level"] != "off"
         name = f"{row['defense']}, {row['level']}" if has_level else row["defense"]
         found.setdefault(name, {}).setdefault(sigma, []).append(row)
-    others = sorted({row["defense"] for row in rows if row["defense"].startswith(LEFT_OUT)})
     if others:
         print(f"left out: {', '.join(others)}")
     if not found:

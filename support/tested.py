@@ -95,7 +95,7 @@ def put_in_front(folder, classifier, checkpoint, autoencoder, pretraining, name,
     if name == "off":
         if checkpoint["defense"]:
             called += ", off"
-        return Entry(called, folder.as_posix(), "off", None, classifier, classifier, None, checkpoint, None)
+        return Entry(called, folder.as_posix(), "off", None, classifier, classifier, None, checkpoint)
     check_task(name, autoencoder, pretraining, folder)
     defense = DEFENSES[name](autoencoder, classifier, level).eval()
     defense.votes = votes
@@ -143,8 +143,8 @@ def load_entries(args, device, votes=1):
         needs_one = any(name != "off" and DEFENSES[name].task for name, _ in chosen)
         lender = args.autoencoder
         if lender and not needs_one:
-            raise UserError(f"--autoencoder changes nothing for {folder}, which is tested behind "
-                            f"{', '.join({name for name, _ in chosen})}: leave it out, or give --defense de3")
+            raise UserError(f"--autoencoder changes nothing for {folder}, which is tested behind nothing that uses "
+                            "one: leave it out, or give --defense de3")
         if needs_one and autoencoder is None and lenders:
             lender = lenders[0]
             print(f"note: {folder} holds no autoencoder: that of {lender} is put in front of it")

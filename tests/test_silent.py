@@ -330,7 +330,7 @@ class TestKinds(unittest.TestCase):
         """--autoencoder for a run that is tested behind noise alone."""
         noise_only, nim = photo_classifier("no-denoise"), photo_autoencoder()
         result = run_stage("attack", noise_only, "--autoencoder", nim, "--images", 3)
-        assert_refused(result, ("--autoencoder changes nothing", "tested behind no-denoise"))
+        assert_refused(result, ("--autoencoder changes nothing", "behind nothing that uses one"))
 
     def test_images_of_a_lent_autoencoder(self):
         """What the autoencoder in front was trained on counts, for those behind it and for no other."""
