@@ -437,6 +437,24 @@ def measure(cell, args, images, labels, batch, show):
     return in_batches(attack_and_score, images, labels, batch, show)
 
 
+def facts_of(cell, args, images, pixels, one_answer):
+    """What decides the number of a cell, {column: value}; a row that says the same is not measured again.
+
+    images: how many, of all processes; pixels: their digest; one_answer: the class that the model gives for
+    all of them, or "".
+    """
+    entry, settings = cell.entry, cell.settings
+    function = ATTACKS[cell.attack.removesuffix("+eot")].function
+    return dict(
+        level=entry.level, value=entry.value, attack=cell.attack, norm=args.norm, eps=f"{cell.eps:.6g}",
+        steps=settings["steps"], step_size=f"{settings['step_size']:.6g}", restarts=settings["restarts"],
+        eot=settings["eot"], loss="+".join(cell.losses), threat=args.threat, reading="one shot",
+        draws=DRAWS if cell.random else 1, split=args.split, images=images, pixels=pixels,
+        trained_on=args.trained_on[entry.name], one_answer=one_answer, attack_seed=args.seed,
+        precision="bf16" if args.bf16 else "fp32", weights=run.fingerprint(entry.model),
+        code=run.digest_of_code_of(CODE, entry.model, function))
+
+
 def main(argv=None):
     args = arguments(argv)
     device = cli.open_device(args.device)
@@ -461,7 +479,6 @@ def main(argv=None):
     for cell in cells:
         entry, draws, settings = cell.entry, DRAWS if cell.random else 1, cell.settings
         ball, started = in_units(cell.eps, args.norm), time.perf_counter()
-        base = cell.attack.removesuffix("+eot")
         with cli.autocast(args.bf16, device):
             if entry.name not in clean_of:
                 cli.seed_everything(args.seed)
@@ -469,16 +486,8 @@ def main(argv=None):
                 one_answer = say_one_answer(entry.name, entry.model, images, labels, classes, batch)
                 clean_of[entry.name] = percent(right), one_answer
             clean, one_answer = clean_of[entry.name]
-            what = dict(
-                level=entry.level, value=entry.value, attack=cell.attack, norm=args.norm, eps=f"{cell.eps:.6g}",
-                steps=settings["steps"], step_size=f"{settings['step_size']:.6g}",
-                restarts=settings["restarts"], eot=settings["eot"], loss="+".join(cell.losses),
-                threat=args.threat, reading="one shot", draws=draws, split=args.split, images=total,
-                pixels=pixels, trained_on=args.trained_on[entry.name], one_answer=one_answer,
-                attack_seed=args.seed, precision="bf16" if args.bf16 else "fp32",
-                weights=run.fingerprint(entry.model),
-                code=run.digest_of_code_of(CODE, entry.model, ATTACKS[base].function))
-            old = report.find_row(measured, what)
+            facts = facts_of(cell, args, total, pixels, one_answer)
+            old = report.find_row(measured, facts)
             if old:  # by the same code, weights, images and settings
                 robust, seconds, warned = float(old["robust_accuracy"]), "kept", old.get("warnings", "")
             else:
@@ -500,7 +509,7 @@ def main(argv=None):
             print("note: more images are right under attack than without one: this attack does not work here")
         if not old:
             report.append_row(table, dict(
-                defense=entry.name, run=entry.folder, data=args.data, **what, clean_accuracy=f"{clean:.2f}",
+                defense=entry.name, run=entry.folder, data=args.data, **facts, clean_accuracy=f"{clean:.2f}",
                 robust_accuracy=f"{robust:.2f}", seconds=seconds, warnings=warned, commit=run.commit()))
     say_without_eot(cells, args.threat)
     summary = ", ".join(f"{name} {robust:.1f}%" for name, robust in lowest.items())

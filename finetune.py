@@ -103,6 +103,25 @@ def settle_names(args, source):
         cli.refuse(args, ["autoencoder"], "where neither its encoder nor its decoder is used")
 
 
+def open_autoencoder(args, saved, device):
+    """(The autoencoder, its checkpoint): of --autoencoder, or of the saved run; (None, None) without one."""
+    if saved is None:
+        if not args.autoencoder:
+            return None, None
+        autoencoder, pretraining = run.load(args.autoencoder, "autoencoder", device)
+        run.say_made_by_other_code({args.autoencoder: pretraining})
+        return autoencoder, pretraining
+    pretraining = saved["autoencoder"]
+    if not pretraining:
+        return None, None
+    if args.autoencoder:
+        given = run.read(args.autoencoder, "autoencoder")
+        if (given["made_by"], given["log"]) != (pretraining["made_by"], pretraining["log"]):
+            raise UserError(f"{args.out} was begun behind another autoencoder than that of {args.autoencoder}: "
+                            "leave --autoencoder out")
+    return run.build(pretraining, device), pretraining
+
+
 def settle(args, pretraining, dataset, device):
     """Every other setting of a new run: flags, then what the autoencoder was made with, then the recipe."""
     if pretraining:
@@ -158,20 +177,8 @@ def main(argv=None):
     saved = run.find(args, "classifier")  # None: a new run; else what --resume goes on with
     if saved is None:
         settle_names(args, source)
-    autoencoder, pretraining = None, None
-    if saved is None and args.autoencoder:
-        autoencoder, pretraining = run.load(args.autoencoder, "autoencoder", device)
-        run.say_made_by_other_code({args.autoencoder: pretraining})
-        args.data = args.data or pretraining["settings"]["data"]
-    elif saved and saved["autoencoder"]:
-        pretraining = saved["autoencoder"]
-        autoencoder = run.build(pretraining, device)
-        if args.autoencoder:
-            given = run.read(args.autoencoder, "autoencoder")
-            if (given["made_by"], given["log"]) != (pretraining["made_by"], pretraining["log"]):
-                raise UserError(f"{args.out} was begun behind another autoencoder than that of "
-                                f"{args.autoencoder}: leave --autoencoder out")
-    args.data = args.data or "digits"
+    autoencoder, pretraining = open_autoencoder(args, saved, device)
+    args.data = args.data or (pretraining["settings"]["data"] if pretraining else "digits")
     dataset = data.about(args.data, pretraining["settings"]["size"] if pretraining else args.size)
     if saved is None:
         settle(args, pretraining, dataset, device)

@@ -104,6 +104,9 @@ def main(argv=None):
         adversarial, not_broken = auto_attack(model, images, labels, args, eps, version, device)
         seconds = time.perf_counter() - started
         fresh, counted = score(adversarial), 100 * not_broken.float().mean().item()
+        print(f"{entry.name}: {len(images)} {args.split} images, {args.norm} {in_units(eps, args.norm)}: "
+              f"AutoAttack {version} leaves {fresh:.1f}% on fresh draws, {counted:.1f}% by its own count; "
+              f"our PGD-{args.steps} {of_pgd:.1f}%; {cli.minutes(seconds)} minutes", flush=True)
         report.append_row(table, dict(
             defense=entry.name, run=entry.folder, level=entry.level, version=version, norm=args.norm,
             eps=f"{eps:.6g}", data=args.data, split=args.split, images=len(images),
@@ -113,9 +116,6 @@ def main(argv=None):
             autoattack_own_count=f"{counted:.2f}", pgd=f"{of_pgd:.2f}", steps=args.steps, eot=args.eot,
             seconds=f"{seconds:.1f}", weights=run.fingerprint(entry.model),
             code=run.digest_of_code_of(CODE, entry.model), commit=run.commit()))
-        print(f"{entry.name}: {len(images)} {args.split} images, {args.norm} {in_units(eps, args.norm)}: "
-              f"AutoAttack {version} leaves {fresh:.1f}% on fresh draws, {counted:.1f}% by its own count; "
-              f"our PGD-{args.steps} {of_pgd:.1f}%; {cli.minutes(seconds)} minutes", flush=True)
     print(f"wrote {table}")
 
 

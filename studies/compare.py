@@ -253,10 +253,10 @@ def main(argv=None):
             print(f"warning: {name}: {'; '.join(heard)}", file=sys.stderr)
         row.update({column: f"{readings[column]:.2f}" if column in readings else "" for column in MEASURED})
         row.update(seconds=f"{time.perf_counter() - started:.1f}", warnings="; ".join(heard))
+        print(f"{name}: clean {row['clean']}, one shot {row['one_shot']}, {row['seconds']} s", flush=True)
         rows.append(row)
         measured.append(row)
         report.append_row(path, row)
-        print(f"{name}: clean {row['clean']}, one shot {row['one_shot']}, {row['seconds']} s", flush=True)
     fewer = f" (one in {args.every} where many draws are taken)" if args.every > 1 else ""
     print_table(rows, f"{len(images)} {args.split} images{fewer} of {args.data}, PGD of {args.steps} "
                       f"steps at eps {255 * eps:g}/255, EOT {args.eot}, seeds {args.seeds}, L2 radius "

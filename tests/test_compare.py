@@ -280,7 +280,7 @@ class TestCompare(WithSmallTable):
                 self.assertEqual(len(self.measured(*one, *flags)), 0)
 
     def test_table_of_an_earlier_layout(self):
-        """With other columns: nothing in it is taken for measured, and it is left as it is."""
+        """With other columns: nothing in it is taken for measured, it is left as it is, and the cell is shown."""
         self.runs()
         self.measured()
         path = self.folder / "compare.csv"
@@ -290,7 +290,9 @@ class TestCompare(WithSmallTable):
             table.writeheader()
             table.writerows(rows)
         with mock.patch.object(compare, "measure", return_value=dict.fromkeys(compare.MEASURED, 50.0)):
-            assert_refused(self.compare(), ("compare.csv is a table with other columns", "move it away"))
+            refused = self.compare()
+        assert_refused(refused, ("compare.csv is a table with other columns", "move it away"))
+        self.assertIn("clean 50.00, one shot 50.00", refused.out)
         self.assertEqual(read_csv(path), rows)
 
     def test_refuses(self):
