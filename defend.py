@@ -5,7 +5,7 @@
     python defend.py assets/cifar10/de3 --photos photo.jpg FOLDER           the likeliest classes
 
 Results go into the folder in which the first run lies: defend.png shows a few test images, attacked
-by PGD that ignores the defense and by PGD with EOT that goes through it, and what the defense makes
+by PGD on the undefended classifier and by PGD with EOT through the defense, and what the defense makes
 of both. Under each stands the answer, at the left who gives it; wrong answers are red. Of photographs the
 answers and what the classifier saw go to runs/photos/ unless --out is given. Your own images should look like
 the data set's: the digits are bright on dark. Next: attack.py.

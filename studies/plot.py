@@ -15,6 +15,7 @@ matplotlib (pip install matplotlib).
 
 import argparse
 import itertools
+from collections import Counter
 from pathlib import Path
 from statistics import mean, stdev
 
@@ -183,9 +184,16 @@ def draw_ladder(path, defenses, title):
 
 def title_of(rows):
     """What was measured, in words."""
-    last, seeds = rows[-1], len({row["seed"] for row in rows})
+    last = rows[-1]
+    seeds_of_each = Counter((row["defense"], row["level"]) for row in rows).values()
+    fewest, most = min(seeds_of_each), max(seeds_of_each)
     every = f" (one in {last['every']} where many draws are taken)" if int(last["every"]) > 1 else ""
-    of_seeds = "one seed" if seeds == 1 else f"mean of {seeds} seeds"
+    if most == 1:
+        of_seeds = "one seed"
+    elif fewest == most:
+        of_seeds = f"mean of {most} seeds"
+    else:
+        of_seeds = f"mean of {fewest} to {most} seeds"
     return (f"{last['images']} {last['split']} images{every}, {255 * float(last['eps']):.3g}/255, "
             f"PGD-{last['steps']}, EOT {last['eot']} or many runs, {of_seeds}")
 

@@ -475,8 +475,9 @@ class TestPlot(unittest.TestCase):
         rows += [compared_row("undefended", "off", "0", "0"), compared_row(level="σ = 100", one_shot="30")]
         points, title, printed = self.choose(rows)
         self.assertEqual(points, {"De³": {50: [40, 50], 100: [30]}, "undefended": {None: [0]}})
-        self.assertEqual(title, "100 test images, 16/255, PGD-20, EOT 8 or many runs, mean of 2 seeds")
+        self.assertEqual(title, "100 test images, 16/255, PGD-20, EOT 8 or many runs, mean of 1 to 2 seeds")
         self.assertEqual(printed, "")
+        self.assertIn("mean of 2 seeds", self.choose(rows[:2])[1])
         self.assertIn("one seed", self.choose(rows[1:2])[1])
         self.assertIn("(one in 4 where", self.choose([compared_row(every="4")])[1])
 
