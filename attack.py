@@ -340,6 +340,11 @@ ATTACKS = {
 }
 
 
+def attack_named(name):
+    """The entry of ATTACKS of this name, with or without "+eot"."""
+    return ATTACKS[name.removesuffix("+eot")]
+
+
 class Cell(NamedTuple):
     """A row of the table that is to be measured: a defense, an attack on it, and its settings."""
     entry: tested.Entry
@@ -349,6 +354,11 @@ class Cell(NamedTuple):
     settings: dict
     losses: list  # the strongest counts
     seconds: float  # about how long it will take, without early stop
+
+    @property
+    def draws(self):
+        """How many fresh draws score it: one where nothing is random."""
+        return DRAWS if self.random else 1
 
 
 def arguments(argv=None):
@@ -375,20 +385,19 @@ def arguments(argv=None):
     if args.norm == "l2" and args.eps is None:
         raise UserError("--norm l2 needs --eps, a length over all pixels: 0.5 or 1, say")
     for name in args.attack:
-        if args.norm not in ATTACKS[name.removesuffix("+eot")].norms:
+        if args.norm not in attack_named(name).norms:
             raise UserError(f"--attack {name} is not bounded in {args.norm}")
     return args
 
 
 def settings_of(args, name, eps, random):
     """(the arguments of an attack for one row of the table, its losses); random: the defense needs EOT."""
-    base = name.removesuffix("+eot")
-    averages = name != base and random and args.threat == "white"
+    averages = name.endswith("+eot") and random and args.threat == "white"
     settings = dict(steps=args.steps, step_size=args.step_size, norm=args.norm, restarts=args.restarts,
                     eot=args.eot if averages else 1, early_stop=not random and args.threat == "white")
     if args.step_size is None:
         settings["step_size"] = default_step(eps, args.steps, args.norm)
-    settings.update(ATTACKS[base].fixed(eps))
+    settings.update(attack_named(name).fixed(eps))
     losses = [settings.pop("loss")] if "loss" in settings else args.loss
     return settings, losses
 
@@ -408,7 +417,7 @@ def plan_table(args, entries, images):
                 base = name.removesuffix("+eot")
                 if name != base and base in args.attack and settings["eot"] == 1:
                     continue  # nothing is random for the attacker: the same as without EOT
-                gradients = ATTACKS[base].gradients(settings) * len(losses)
+                gradients = attack_named(name).gradients(settings) * len(losses)
                 cells.append(Cell(entry, random, name, eps, settings, losses, seconds * gradients))
     return cells
 
@@ -424,7 +433,7 @@ def say_without_eot(cells, threat):
 
 def measure(cell, args, images, labels, batch, show):
     """The share of correct draws of each image after the attack, [N]; show(done) is told how far it is."""
-    entry, attack = cell.entry, ATTACKS[cell.attack.removesuffix("+eot")].function
+    entry, attack = cell.entry, attack_named(cell.attack).function
     attacked = entry.model if args.threat == "white" else entry.classifier
 
     def attack_and_score(x, y):
@@ -432,7 +441,7 @@ def measure(cell, args, images, labels, batch, show):
                       for loss in cell.losses]
         adversarial = candidates[0] if len(candidates) == 1 else strongest(attacked, candidates, y)
         check_adversarial(adversarial, x, cell.eps, args.norm)
-        return accuracy(entry.model, adversarial, y, DRAWS if cell.random else 1)
+        return accuracy(entry.model, adversarial, y, cell.draws)
     cli.seed_everything(args.seed)
     return in_batches(attack_and_score, images, labels, batch, show)
 
@@ -444,15 +453,14 @@ def facts_of(cell, args, images, pixels, one_answer):
     all of them, or "".
     """
     entry, settings = cell.entry, cell.settings
-    function = ATTACKS[cell.attack.removesuffix("+eot")].function
     return dict(
         level=entry.level, value=entry.value, attack=cell.attack, norm=args.norm, eps=f"{cell.eps:.6g}",
         steps=settings["steps"], step_size=f"{settings['step_size']:.6g}", restarts=settings["restarts"],
         eot=settings["eot"], loss="+".join(cell.losses), threat=args.threat, reading="one shot",
-        draws=DRAWS if cell.random else 1, split=args.split, images=images, pixels=pixels,
+        draws=cell.draws, split=args.split, images=images, pixels=pixels,
         trained_on=args.trained_on[entry.name], one_answer=one_answer, attack_seed=args.seed,
         precision="bf16" if args.bf16 else "fp32", weights=run.fingerprint(entry.model),
-        code=run.digest_of_code_of(CODE, entry.model, function))
+        code=run.digest_of_code_of(CODE, entry.model, attack_named(cell.attack).function))
 
 
 def main(argv=None):
@@ -477,12 +485,12 @@ def main(argv=None):
     clean_of, lowest, measured = {}, {}, report.read_rows(table)
     largest_eps = max(cell.eps for cell in cells)
     for cell in cells:
-        entry, draws, settings = cell.entry, DRAWS if cell.random else 1, cell.settings
+        entry, settings = cell.entry, cell.settings
         ball, started = in_units(cell.eps, args.norm), time.perf_counter()
         with cli.autocast(args.bf16, device):
             if entry.name not in clean_of:
                 cli.seed_everything(args.seed)
-                right = in_batches(lambda x, y: accuracy(entry.model, x, y, draws), images, labels, batch)
+                right = in_batches(lambda x, y: accuracy(entry.model, x, y, cell.draws), images, labels, batch)
                 one_answer = say_one_answer(entry.name, entry.model, images, labels, classes, batch)
                 clean_of[entry.name] = percent(right), one_answer
             clean, one_answer = clean_of[entry.name]

@@ -104,7 +104,10 @@ def settle_names(args, source):
 
 
 def open_autoencoder(args, saved, device):
-    """(The autoencoder, its checkpoint): of --autoencoder, or of the saved run; (None, None) without one."""
+    """(The autoencoder, its checkpoint): of --autoencoder, or of the saved run; (None, None) without one.
+
+    UserError if --autoencoder names another one than that of the saved run.
+    """
     if saved is None:
         if not args.autoencoder:
             return None, None
