@@ -31,7 +31,7 @@ BATCH = 120  # images that are attacked together; at most --max-batch
 WALK = {"linf": 2.5, "l2": 10.0}  # total length of PGD's steps, in radii, unless a step size is given
 MANY_SECONDS = 300  # from here on it is said how to make a table take less
 MOST_TARGETS = 9  # other classes that strong_pgd moves towards
-FOOLED_MARGIN = 0.05  # early stop: fooled only above this, so that no rounding (bfloat16, TF32) undoes it
+FOOLED_MARGIN = 0.05  # early stop: fooled only above this, so that rounding (bfloat16) hardly ever undoes it
 CODE = ("model.py", "attack.py")  # what decides the numbers
 
 
@@ -175,33 +175,41 @@ def default_step(eps, steps, norm):
 
 
 def strong_pgd(model, images, labels, eps, steps, step_size=None, norm="linf", restarts=2, eot=1,
-               loss="all", early_stop=False):
+               loss="all", early_stop=True):
     """The strongest of several runs of PGD for each image, with pgd's arguments: adversarial images.
 
-    They raise the cross-entropy, then the margin, then the margin towards each of the most likely other
-    classes (nine at most), each from so many starts. On a deterministic model (early_stop) a run attacks what
-    the runs before have left right. On a random one, where that would pick lucky draws, all images are
-    attacked by the first two losses, and the strongest kept; targets are left out.
+    They raise the cross-entropy, then the margin, then, on a deterministic model, the margin towards each of
+    the most likely other classes (nine at most), each from so many starts. With early_stop a run attacks what
+    the runs before have left right; without it, where the images are meant for another model, or on a random
+    model, where it would pick lucky draws, each run attacks all images, and the strongest are kept. loss: "all",
+    the only one.
     """
-    settings = dict(eps=eps, steps=steps, step_size=step_size, norm=norm, eot=eot, early_stop=early_stop)
-    if not early_stop:
-        candidates = [pgd(model, images, labels, loss=name, **settings) for name in LOSSES
-                      for _ in range(restarts)]
+    settings = dict(eps=eps, steps=steps, step_size=step_size, norm=norm, eot=eot)
+    plans = [("ce", None), ("margin", None)]
+    random = needs_eot(model, images)
+    if not random:
+        plans += [("margin", target) for target in likely_targets(model, images, labels)]
+    if random or not early_stop:
+        candidates = [pgd(model, images, labels, loss=name, targets=target, **settings)
+                      for name, target in plans * restarts]
         return strongest(model, candidates, labels)
-    with torch.no_grad():
-        logits = model(images).float()
-    likely = logits.scatter(1, labels[:, None], -torch.inf).argsort(1, descending=True)
-    targets = [likely[:, k] for k in range(min(MOST_TARGETS, logits.shape[1] - 1))]
-    plans = [("ce", None), ("margin", None), *(("margin", target) for target in targets)] * restarts
     adversarial, left = images.clone(), torch.arange(len(images), device=images.device)
-    for name, target in plans:
+    for name, target in plans * restarts:
         if not len(left):
             break
         towards = None if target is None else target[left]
-        attacked = pgd(model, images[left], labels[left], loss=name, targets=towards, **settings)
+        attacked = pgd(model, images[left], labels[left], loss=name, targets=towards, early_stop=True, **settings)
         adversarial[left] = attacked
         left = left[accuracy(model, attacked, labels[left]) == 1]
     return adversarial
+
+
+def likely_targets(model, images, labels):
+    """The most likely other class of each image, the next one ...: a list of nine tensors [B] at most."""
+    with torch.no_grad():
+        logits = model(images).float()
+    likely = logits.scatter(1, labels[:, None], -torch.inf).argsort(1, descending=True)
+    return [likely[:, k] for k in range(min(MOST_TARGETS, logits.shape[1] - 1))]
 
 
 def warn_of_lost_gradients(gradient, margins, images):
@@ -274,10 +282,15 @@ def accuracy(model, images, labels, draws=1):
     return torch.stack(hits).mean(0)
 
 
+def mean_over_processes(values):
+    """The mean of a number for each image, [N], over the images of all processes."""
+    total, images = cli.sum_over_processes(values.sum().item(), len(values))
+    return total / images
+
+
 def percent(shares):
     """The mean of each image's share of correct draws in percent, over the images of all processes."""
-    correct, images = cli.sum_over_processes(shares.sum().item(), len(shares))
-    return 100 * correct / images
+    return 100 * mean_over_processes(shares)
 
 
 def needs_eot(model, images):
@@ -402,11 +415,11 @@ def settings_of(args, name, eps, random):
     return settings, losses
 
 
-def plan_table(args, entries, images):
-    """The cells to measure; two calls of each model on the first images tell how long they will take."""
+def plan_table(args, entries, images, batch):
+    """The cells to measure; a call of each model on the first batch of images tells how long they will take."""
     cells = []
     for entry in entries:
-        few = data.as_floats(images[:BATCH])
+        few = data.as_floats(images[:batch])
         started = time.perf_counter()
         accuracy(entry.model, few, torch.zeros(len(few), dtype=torch.long, device=few.device))
         seconds = 3 * len(images) / len(few) * (time.perf_counter() - started)  # of a gradient of every image
@@ -472,7 +485,7 @@ def main(argv=None):
     images, labels = tested.own_share(images, labels)
     batch, table, progress = min(BATCH, args.max_batch), args.out / "attack.csv", cli.Progress()
     with cli.autocast(args.bf16, device):
-        cells = plan_table(args, entries, images)
+        cells = plan_table(args, entries, images, batch)
     width, name_width = max(len(entry.name) for entry in entries), max(8, *map(len, args.attack))
     most_seconds, advice = sum(cell.seconds for cell in cells), ""
     if most_seconds > MANY_SECONDS:
@@ -495,7 +508,7 @@ def main(argv=None):
                 clean_of[entry.name] = percent(right), one_answer
             clean, one_answer = clean_of[entry.name]
             facts = facts_of(cell, args, total, pixels, one_answer)
-            old = report.find_row(measured, facts)
+            old = report.find_row(measured, facts, table)
             if old:  # by the same code, weights, images and settings
                 robust, seconds, warned = float(old["robust_accuracy"]), "kept", old.get("warnings", "")
             else:

@@ -12,6 +12,7 @@ the data set's: the digits are bright on dark. Next: attack.py.
 """
 
 import csv
+import re
 import shlex
 import time
 import unicodedata
@@ -20,7 +21,7 @@ from pathlib import Path
 import torch
 from torchvision.utils import save_image
 
-from attack import accuracy, in_batches, needs_eot, percent, pgd, say_one_answer
+from attack import accuracy, in_batches, mean_over_processes, needs_eot, percent, pgd, say_one_answer
 from model import UserError
 from support import cli, data, report, tested
 
@@ -102,8 +103,8 @@ def classify_photos(args, entries, folder, device):
             name = ""
             if entry.defense is not None and folder:
                 cli.seed_everything(args.seed)  # the picture shows the draw that was classified
-                level = entry.level.replace("σ = ", "sigma").replace(" ", "")
-                name = f"{number:04}_{path.stem}_{Path(entry.folder).name}_{level}.png"
+                defense = re.sub(r"[^\w.-]+", "_", entry.name.replace("σ = ", "sigma"))
+                name = f"{number:04}_{path.stem}_{defense}.png"
                 save_image(entry.defense.purify(image), folder / "purified" / name)
             of_class = unicodedata.normalize("NFC", path.absolute().parent.name)  # as data.py reads names
             rows.append(dict(photo=path, folder=of_class, defense=entry.name, answer=classes[labels[0]],
@@ -158,7 +159,7 @@ def print_clean_accuracy(args, entries, images, labels, classes):
             with torch.no_grad():
                 decibels = in_batches(lambda x, y: report.psnr(entry.defense.purify(x), x), images, labels,
                                       args.max_batch)
-            quality = f"{percent(decibels) / 100:.2f}"
+            quality = f"{mean_over_processes(decibels):.2f}"
         print(f"{entry.name:{width}}  {report.interval(correct, total):>22}  {quality:>7}  {total / seconds:8.0f}",
               flush=True)
         say_one_answer(entry.name, entry.model, images, labels, classes, args.max_batch)

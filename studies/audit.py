@@ -205,7 +205,7 @@ def arguments(argv=None):
 
 def main(argv=None):
     args = arguments(argv)
-    device = cli.open_device(args.device)
+    device = cli.open_device(args.device, alone=True)
     entries = tested.load_entries(args, device)
     audited = entries[-1]
     others = [entry for entry in entries if entry.defense is None and entry is not audited]

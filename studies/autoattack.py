@@ -69,7 +69,7 @@ def auto_attack(model, images, labels, args, eps, version, device):
 
 def main(argv=None):
     args = arguments(argv)
-    device = cli.open_device(args.device)
+    device = cli.open_device(args.device, alone=True)
     try:
         import pyautoattack  # noqa: F401
     except ImportError:
@@ -83,7 +83,6 @@ def main(argv=None):
     table = args.out / "autoattack.csv"
     for entry in entries:
         eps = entry.checkpoint["data"]["eps"] if args.eps is None else args.eps
-        model = InPrecision(entry.model, args.bf16, device).eval()
         random = needs_eot(entry.model, images[:8])
         say_one_answer(entry.name, entry.model, images, labels, classes, args.max_batch)
         version = args.version or ("rand" if random else "standard")
@@ -95,12 +94,14 @@ def main(argv=None):
 
         def our_attack(x, y):
             settings = dict(eps=eps, steps=args.steps, norm=args.norm)
-            if random:
-                return pgd(model, x, y, eot=args.eot, **settings)
-            return strong_pgd(model, x, y, early_stop=True, **settings)
+            with cli.autocast(args.bf16, device):
+                if random:
+                    return pgd(entry.model, x, y, eot=args.eot, **settings)
+                return strong_pgd(entry.model, x, y, **settings)
         cli.seed_everything(args.seed)
         of_pgd = score(in_batches(our_attack, images, labels, args.max_batch))
         started = time.perf_counter()
+        model = InPrecision(entry.model, args.bf16, device).eval()
         adversarial, not_broken = auto_attack(model, images, labels, args, eps, version, device)
         seconds = time.perf_counter() - started
         fresh, counted = score(adversarial), 100 * not_broken.float().mean().item()

@@ -177,7 +177,7 @@ def arguments(argv=None):
 
 def main(argv=None):
     args = arguments(argv)
-    device = cli.open_device(args.device)
+    device = cli.open_device(args.device, alone=True)
     entries = tested.load_entries(args, device)
     if not (args.sigma or args.defense):  # of the defaults those that can be certified
         entries = [entry for entry in entries if getattr(entry.defense, "is_random", False)] or entries
@@ -186,6 +186,7 @@ def main(argv=None):
         with cli.autocast(args.bf16, device):
             check_certifiable(entry.defense, data.as_floats(images[0]))
     table, pixels, progress = args.out / "certify.csv", data.digest(images, labels), cli.Progress()
+    written = report.read_rows(table)
     for entry in entries:
         origin = dict(run=entry.folder, defense=entry.name, level=entry.level, n0=args.n0, data=args.data,
                       split=args.split, images=len(images), pixels=pixels, attack_seed=args.seed,
@@ -197,7 +198,9 @@ def main(argv=None):
             predicted, hits, radius = certify(entry.defense, x[0], args.n0, args.n, args.max_batch)
             rows.append(dict(image=len(rows), label=y.item(), predicted=predicted, hits=hits, draws=args.n,
                              l2_radius=radius))
-            report.append_row(table, {**origin, **in_text(rows[-1])})
+            row = {**origin, **in_text(rows[-1])}
+            if not report.find_row(written, row, table):  # an earlier call of the same command
+                report.append_row(table, row)
             return torch.tensor([radius])
         cli.seed_everything(args.seed)
         with cli.autocast(args.bf16, device):

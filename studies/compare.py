@@ -95,8 +95,7 @@ def measure(model, images, labels, eps, l2, steps, eot, seed, batch, every=1, sh
 
     def attacked_by_many(x, y, attacked_model=model, **more):
         """The same by many runs of PGD, of a model in which nothing is random."""
-        settings_of_all = {**settings, "early_stop": True, **more}
-        return in_batches(lambda a, b: strong_pgd(attacked_model, a, b, **settings_of_all), x, y, batch)
+        return in_batches(lambda a, b: strong_pgd(attacked_model, a, b, **{**settings, **more}), x, y, batch)
 
     def attacked_through(x, y, **more):
         """The strongest white-box attack: with EOT where the model is random, else many runs of PGD."""
@@ -213,7 +212,7 @@ def load_entry(entry, table, at, seed, device):
 
 def main(argv=None):
     args = arguments(argv)
-    device = cli.open_device(args.device)
+    device = cli.open_device(args.device, alone=True)
     run.note_imported_code()
     table = TABLES[args.table]
     chosen = choose(table, args.only)
@@ -238,7 +237,7 @@ def main(argv=None):
         cell = {name: value for name, value in row.items() if name not in NOT_MEASURED}
         started, name = time.perf_counter(), f"{line.name}, {entry.level}, seed {seed}"
         say_one_answer(name, entry.model, images, labels, classes, args.max_batch)
-        old = report.find_row(measured, cell)
+        old = report.find_row(measured, cell, path)
         if old:
             rows.append({**old, "defense": line.name})
             if old.get("warnings"):

@@ -43,7 +43,7 @@ def eps(text):
     """An argparse type: '8/255' or '0.03', an attack radius or a step."""
     try:
         value = float(Fraction(text))
-    except (ValueError, ZeroDivisionError):
+    except (ValueError, ZeroDivisionError, OverflowError):
         raise argparse.ArgumentTypeError(f"{text!r} is not a number, as 8/255 or 0.03") from None
     if value < 0:
         raise argparse.ArgumentTypeError(f"{text} is below 0")
@@ -141,11 +141,16 @@ def apply_recipe(args, recipes, special, device):
 
 # ------------------------------------------------------------------------ devices and processes
 
-def open_device(name):
-    """The device of --device; under torchrun, joins the other processes first. Only rank 0 prints."""
+def open_device(name, alone=False):
+    """The device of --device; under torchrun, joins the other processes first. Only rank 0 prints.
+
+    alone: for a script that several processes would not share; UserError where there are several.
+    """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     under_torchrun = dist.is_torchelastic_launched()
+    if alone and under_torchrun and os.environ["WORLD_SIZE"] != "1":
+        raise UserError("this script works in one process: start it with python, without torchrun")
     if under_torchrun and name == "cuda":
         name += ":" + os.environ["LOCAL_RANK"]
     try:
@@ -154,7 +159,6 @@ def open_device(name):
         raise UserError(f"device {name!r} cannot be used: {str(error).splitlines()[0]}") from None
     if device.type == "cuda":
         torch.cuda.set_device(device)
-        torch.set_float32_matmul_precision("high")  # TF32 where fp32 stays
     if under_torchrun and not dist.is_initialized():
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
     if rank() > 0:
@@ -201,6 +205,14 @@ def sum_over_processes(*values):
     if dist.is_initialized():
         dist.all_reduce(sums)
     return sums.tolist()
+
+
+def of_rank_0(value):
+    """What the process of rank 0 has of this value, for all processes."""
+    held = [value]
+    if dist.is_initialized():
+        dist.broadcast_object_list(held, device=torch.device("cpu"))
+    return held[0]
 
 
 def seed_everything(seed):

@@ -14,6 +14,7 @@ from support import cli, run
 CELL, GAP, TEXT = 112, 6, 15  # pixels: side of an image, space between, height of the letters
 WRONG = "#c1121f"  # red that stays dark in gray
 UNREADABLE = "surrogateescape"  # bytes in the names of folders that are no UTF-8 are kept as they are
+OTHER_COLUMNS = "{} is a table with other columns: move it away, or name another folder with --out"
 
 
 def interval(percent, images):
@@ -42,8 +43,7 @@ def append_row(path, row):
         text = file.read()
         columns = next(csv.reader(text.splitlines()), None)
         if columns not in (None, list(row)):
-            raise UserError(f"{path} is a table with other columns: move it away, or name another folder "
-                            "with --out")
+            raise UserError(OTHER_COLUMNS.format(path))
         table = csv.DictWriter(file, list(row))
         if columns is None:
             table.writeheader()
@@ -53,17 +53,23 @@ def append_row(path, row):
 
 
 def read_rows(path):
-    """The rows of a CSV file, dicts of text; none where there is no file."""
-    if not path.exists():
-        return []
-    encoding = "utf-8-sig"  # a spreadsheet may have put a mark in front
-    with open(path, newline="", encoding=encoding, errors=UNREADABLE) as file:
-        return list(csv.DictReader(file, restval=""))
+    """The rows of a CSV file, dicts of text, as rank 0 sees it; none where there is no file."""
+    rows = []
+    if cli.rank() == 0 and path.exists():
+        encoding = "utf-8-sig"  # a spreadsheet may have put a mark in front
+        with open(path, newline="", encoding=encoding, errors=UNREADABLE) as file:
+            rows = list(csv.DictReader(file, restval=""))
+    return cli.of_rank_0(rows)  # all processes must agree on what is measured already
 
 
-def find_row(rows, what):
-    """The row that says the same in all these columns, {column: value}: what was measured before, or None."""
+def find_row(rows, what, path):
+    """The row that says the same in all these columns, {column: value}: what was measured before, or None.
+
+    path: the table that the rows are of. UserError, before anything is measured, if it lacks a column.
+    """
     wanted = {name: as_text(value) for name, value in what.items()}
+    if rows and not wanted.keys() <= rows[0].keys():
+        raise UserError(OTHER_COLUMNS.format(path))
     for row in rows:
         if all(row.get(name) == value for name, value in wanted.items()):
             return row

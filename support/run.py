@@ -18,12 +18,14 @@ import contextlib
 import csv
 import functools
 import hashlib
+import inspect
 import os
 import shlex
 import subprocess
 import sys
 import time
 import types
+import uuid
 import zipfile
 from pathlib import Path
 
@@ -61,7 +63,10 @@ def commit():
 
 
 def digest_of_code(text):
-    """Twelve hex digits of a Python file's parsed code: comments and docstrings change nothing."""
+    """Twelve hex digits of a Python file's parsed code: comments and docstrings change nothing.
+
+    Another version of Python may parse it into something else.
+    """
     tree = ast.parse(text)
     for node in ast.walk(tree):
         may_have_one = isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef))
@@ -133,12 +138,34 @@ def files_of_yours():
 
 
 def digest_of_code_of(files, model, *functions):
-    """One digest of these files, of yours, and of those that hold the classes of a model and the functions."""
-    modules = {kind.__module__ for part in model.modules() for kind in type(part).__mro__}
-    modules |= {getattr(function, "__module__", None) for function in functions}
-    paths = [Path(getattr(sys.modules.get(name), "__file__", None) or "") for name in modules]
-    own = {path.relative_to(REPOSITORY).as_posix() for path in paths if path.is_relative_to(REPOSITORY)}
-    return digest_of_files({*files, *own, *files_of_yours()})
+    """One digest of these files, of yours, and of what defines the classes of a model and the functions.
+
+    What is defined in a notebook's cell, or in a file outside the project, counts by its own source.
+    """
+    definitions = {kind for part in model.modules() for kind in type(part).__mro__} | set(functions)
+    own, sources = set(), []
+    for definition in definitions:
+        module = getattr(definition, "__module__", None) or ""
+        path = Path(getattr(sys.modules.get(module), "__file__", None) or "")
+        if path.is_relative_to(REPOSITORY) and "site-packages" not in path.parts:
+            own.add(path.relative_to(REPOSITORY).as_posix())
+        elif not is_installed(module, path):
+            sources.append(source_of(definition))
+    digest = digest_of_files({*files, *own, *files_of_yours()})
+    return hashlib.sha256(repr([digest, sorted(sources)]).encode()).hexdigest()[:12] if sources else digest
+
+
+def is_installed(module, path):
+    """Whether a module, of this file, is Python's own or an installed package."""
+    return module.split(".")[0] in sys.stdlib_module_names or "site-packages" in path.parts
+
+
+def source_of(definition):
+    """The text that defines a class or function; where there is none, one that never comes again."""
+    try:
+        return inspect.getsource(definition)
+    except (OSError, TypeError):
+        return uuid.uuid4().hex
 
 
 def origin(command, files):
@@ -321,8 +348,7 @@ def facts(name, dataset, images=None, total=0):
     a test on them be noticed.
     """
     about = dict(name=name, images=total if images is None else len(images), eps=dataset.eps,
-                 test_sigmas=list(dataset.test_sigmas), attack_eps=list(dataset.attack_eps),
-                 finetune_sigma=dataset.finetune_sigma)
+                 test_sigmas=list(dataset.test_sigmas), attack_eps=list(dataset.attack_eps))
     if images is not None:
         about["digests"] = data.digest_of_each(images)
     return about

@@ -169,6 +169,8 @@ def distribute(model, optimizer):
         raise UserError("the optimizer trains parameters that the model given to training.distribute does "
                         "not hold: put all that is trained into one module, and compute the loss in its "
                         "forward")
+    if next(model.parameters()).is_cuda:
+        torch.set_float32_matmul_precision("high")  # TF32 in training; later stages compute in float32
     if not dist.is_initialized():
         return model
     return DistributedDataParallel(model)

@@ -263,6 +263,13 @@ class TestBadInput(unittest.TestCase):
             finished(run("attack", photo_classifier("clean"), "--images", 3, "--eps", 0,
                          "--attack", "fgsm", "--out", new_folder()))
 
+    def test_study_under_torchrun(self):
+        """Where each process would measure all images with its own seed."""
+        with mock.patch.dict(os.environ, TORCHELASTIC_RUN_ID="1", WORLD_SIZE="2", LOCAL_RANK="0"):
+            for name in ("audit", "certify", "compare"):
+                flags = ["--at", new_folder()] if name == "compare" else [photo_classifier()]
+                self.refused(f"studies.{name}", *flags, says="torchrun")
+
     def test_results_that_cannot_be_written(self):
         out = new_folder()
         flags = ("--sigma", 0, "--images", 2, "--steps", 1, "--out", out)

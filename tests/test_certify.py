@@ -82,6 +82,8 @@ class TestCertificate(unittest.TestCase):
         self.assertIn(f"wrote {table}", result.out)
         rows = read_csv(table)
         self.assertEqual([row["draws"] for row in rows], ["20"] * 9)
+        finished(run("studies.certify", *flags))
+        self.assertEqual(read_csv(table), rows)  # each image counts once
         right = [float(row["l2_radius"]) for row in rows if row["label"] == row["predicted"]]
         self.assertTrue(0 < len(right) < 9, rows)  # else the next lines say little
         printed = re.findall(r"^ +(\d\.\d\d) +([\d.]+)(?:  a corner .*/255)?$", result.out, re.M)

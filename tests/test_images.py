@@ -311,6 +311,15 @@ class TestPhotographs(unittest.TestCase):
         for written, expected in zip(found.values(), alone):
             np.testing.assert_array_equal(written, expected)
 
+    def test_two_defenses_of_one_level(self):
+        """A picture each, under the name that predictions.csv says."""
+        out = new_folder()
+        finished(run("defend", photo_classifier(), "--photos", photos() / "val/red/0.png", "--defense", "de3:50",
+                     "no-denoise:50", "--out", out))
+        names = [row["purified"] for row in read_csv(out / "predictions.csv")]
+        self.assertEqual(sorted(names), list(self.purified(out)))
+        self.assertEqual(len(set(names)), 2)
+
     def test_answers(self):
         """The likeliest classes of each photograph with each defense; one purified picture of each."""
         out, names = new_folder(), [photos() / "val/red/0.png", photos() / "val/blue/1.png"]

@@ -234,6 +234,15 @@ class TestPgdOptions(unittest.TestCase):
             self.assertLess(right.sum(), attack.accuracy(self.model, x, labels).sum())
         self.assertGreater(right.sum(), 0)
 
+    def test_strong_for_another_model(self):
+        """Without early stop all runs attack all images: what just fools this model need not fool another."""
+        with mock.patch.object(attack, "pgd", wraps=pgd) as runs:
+            x = attack.strong_pgd(self.model, self.images, self.labels, 0.1, 2, early_stop=False)
+        attack.check_adversarial(x, self.images, 0.1, "linf")
+        others = self.model(self.images).shape[1] - 1
+        self.assertEqual(len(runs.call_args_list), 2 * (2 + min(others, attack.MOST_TARGETS)))
+        self.assertEqual({len(call.args[1]) for call in runs.call_args_list}, {len(self.images)})
+
     def test_strong_on_a_random_model(self):
         """Lucky draws do not end it: every image is attacked by every loss in every restart, with EOT."""
         model = NoiseOnly(None, self.model, 50)
@@ -242,7 +251,7 @@ class TestPgdOptions(unittest.TestCase):
         attack.check_adversarial(x, self.images, 0.1, "linf")
         self.assertEqual([(len(call.args[1]), call.kwargs["loss"], call.kwargs["eot"])
                           for call in runs.call_args_list],
-                         [(6, loss, 3) for loss in ("ce", "ce", "margin", "margin")])
+                         [(6, loss, 3) for loss in ("ce", "margin", "ce", "margin")])
 
     def test_without_gradients(self):
         """Works under no_grad and for frozen models, and leaves no gradient behind."""

@@ -21,12 +21,13 @@ class TestProcesses(unittest.TestCase):
         attack = ("attack", folder / "clean", photo_classifier(), "--images", 19, "--attack", "fgsm",
                   "--max-batch", 4, "--eps", "8/255", "--sigma", 0, 50, "--out")
         defend = ("defend", folder / "clean", "--images", 19, "--max-batch", 4, "--out")
-        stepped, whole, cut, resumed, finetuned, attacked, shown = elsewhere(
+        stepped, whole, cut, resumed, finetuned, attacked, shown, kept = elsewhere(
             (*step, folder / "two", "--max-batch", 300), (*train, folder / "whole"),
             (1, *train, folder / "part"), ("pretrain", "--out", folder / "part", "--resume"),
-            clean, (*attack, folder / "by_two"), (*defend, folder / "by_two"), processes=2)
+            clean, (*attack, folder / "by_two"), (*defend, folder / "by_two"), (*attack, folder / "by_two"),
+            processes=2)
         self.assertEqual(cut.code, 130)
-        for result in (stepped, whole, resumed, finetuned, attacked, shown):
+        for result in (stepped, whole, resumed, finetuned, attacked, shown, kept):
             finished(result)
         self.one_step(step, folder)
 
@@ -39,6 +40,7 @@ class TestProcesses(unittest.TestCase):
         two, one = (read_csv(folder / name / "attack.csv") for name in ("by_two", "by_one"))
         self.assertEqual([row["level"] for row in two], ["off", "σ = 0", "σ = 50"])
         self.assertEqual(attacked.out.count("8/255  fgsm"), 3)
+        self.assertEqual((kept.out.count("kept\n"), len(two)), (3, 3))  # a second call measures nothing
         for row, expected in zip(two[:2], one[:2]):  # at σ = 50 each process draws its own noise
             self.assertEqual(row["images"], "19")
             self.assertEqual({**row, "seconds": 0}, {**expected, "seconds": 0})

@@ -4,6 +4,8 @@ import contextlib
 import math
 import os
 import re
+import sys
+import types
 import unittest
 from unittest import mock
 
@@ -14,7 +16,7 @@ from torch import nn
 
 import attack
 from model import De3, MaskAndFill, MaskAndPaste, NoiseOnly, UserError
-from support import data, report
+from support import cli, data, report
 from support import run as run_module
 from tests.helpers import (assert_near, assert_refused, digits_runs, finished, new_folder, photo_autoencoder,
                            photo_classifier, random_images, read_csv, run, small_autoencoder,
@@ -89,11 +91,21 @@ class TestRows(unittest.TestCase):
         self.assertEqual(len(read_csv(path)), 2)
         self.assertEqual(report.read_rows(path.parent / "none.csv"), [])
 
+    def test_processes_agree_on_what_is_there(self):
+        """What rank 0 read: one that sees no table, on another machine, would measure what the others keep."""
+        path, told = new_folder() / "attack.csv", []
+        report.append_row(path, dict(robust=1))
+        with mock.patch.object(cli, "of_rank_0", side_effect=lambda rows: told.append(rows) or [dict(robust="2")]):
+            for rank in (0, 1):
+                with mock.patch.object(cli, "rank", return_value=rank):
+                    self.assertEqual(report.read_rows(path), [dict(robust="2")])
+        self.assertEqual(told, [[dict(robust="1")], []])
+
     def test_row_that_is_there(self):
         """What was measured by the same code on the same images is shown again, not measured again."""
         out, fgsm = new_folder(), ("attack", photo_classifier("clean"), *self.SHORT)
         first = finished(run(*fgsm, "--out", out)).out
-        with mock.patch.object(attack, "ATTACKS", {"fgsm": attack.ATTACKS["fgsm"]._replace(function=None)}):
+        with mock.patch.object(attack, "measure", side_effect=AssertionError("measured again")):
             again = finished(run(*fgsm, "--out", out)).out
         self.assertEqual(*[re.search(r"\nclean .* fgsm .*\]", text)[0] for text in (first, again)])
         self.assertRegex(again, r"\nclean .* kept\n")
@@ -101,6 +113,27 @@ class TestRows(unittest.TestCase):
         for flag, value in (("--seed", 1), ("--images", 7), ("--eps", "7/255"), ("--threat", "gray")):
             finished(run(*fgsm, flag, value, "--out", out))
         self.assertEqual(len(read_csv(out / "attack.csv")), 5)
+
+    def test_attack_of_ones_own(self):
+        """Defined outside the project, as in a notebook, and defined anew: it is measured again."""
+        out, path = new_folder(), new_folder() / "attack_of_mine.py"
+        for body, robust in (("images", "kept"), ("images.flip(1)", "changed"), ("images.flip(1)", "again")):
+            path.write_text(f"def mine(model, images, labels, eps, **settings):\n    return {body}\n")
+            module = types.ModuleType("attack_of_mine")
+            module.__file__ = str(path)
+            exec(compile(path.read_text(), path, "exec"), vars(module))
+            with mock.patch.dict(attack.ATTACKS, mine=attack.Attack(module.mine)), \
+                    mock.patch.dict(sys.modules, attack_of_mine=module):
+                finished(run("attack", photo_classifier("clean"), "--images", 6, "--eps", 1, "--attack", "mine",
+                             "--out", out))
+            self.assertEqual(len(read_csv(out / "attack.csv")), {"kept": 1, "changed": 2, "again": 2}[robust])
+
+    def test_other_columns_are_found_first(self):
+        """Before an hour is spent on what could not be written down."""
+        out = new_folder()
+        (out / "attack.csv").write_text("defense,robust\nde3,10\n")
+        with mock.patch.object(attack, "measure", side_effect=AssertionError("measured")):
+            assert_refused(run("attack", photo_classifier("clean"), *self.SHORT, "--out", out), "other columns")
 
     def test_settings_are_shown(self):
         """Those of each attack beside it; eps 0 is used, and gives the clean accuracy."""
