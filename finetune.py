@@ -36,7 +36,7 @@ RECIPES = {  # the paper's from base on; tiny and small were chosen on validatio
     "tiny no-denoise": TINY_HARD,
     "tiny mim": TINY_HARD,
     "tiny mim-visible": TINY_HARD,
-    "tiny adversarial": {**TINY, "label_smoothing": 0.0, "augment": False},  # both make it weaker
+    "tiny adversarial": {**TINY, "label_smoothing": 0.0, "augment": False},  # augmented it is weaker
     "small": SMALL,
     "small adversarial": SMALL,
     "medium": {**PAPER, "epochs": 50, "batch_size": 256, "warmup_share": 0.1, "attack_steps": 2},

@@ -85,6 +85,8 @@ TABLES = {
         Entry("De³ with a blur", "de3_blur", "--init @/nim", "blur", ("de3:0",)),
         Entry("De³, adversarially trained at σ = 0", "de3_adversarial_0",
               "--mode de3 --adversarial 4/255 --sigma 0 --init @/de3 --epochs 4", defenses=("de3:0",)),
+        Entry("De³, adversarially trained on its noise", "de3_adversarial",
+              "--mode de3 --adversarial 4/255 --init @/de3 --epochs 2", defenses=COLOR),
         Entry("noise only, U(0, 60)", "no-denoise", "--mode no-denoise", defenses=NOISE),
         Entry("noise only, U(50, 150)", "no-denoise_50-150", "--mode no-denoise --sigma uniform:50,150",
               defenses=NOISE),
