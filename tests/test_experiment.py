@@ -63,8 +63,7 @@ class TestEditedCode(unittest.TestCase):
         commented = text.replace('"""Uniform from low to high', '"""Uniform, from LOW to HIGH')
         path.write_text("# edited\n" + commented)
         self.assertNotEqual(commented, text)
-        with mock.patch.object(run_module, "REPOSITORY", code):
-            attacked = run(*attack_[0])
+        [attacked] = elsewhere(attack_[0], repository=code)
         self.assertEqual(notes_of_code(attacked), [])
         self.assertRegex(attacked.out, r"clean +8/255 .* kept\n")  # measured by the same code
 

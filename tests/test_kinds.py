@@ -246,7 +246,7 @@ class TestAttack(unittest.TestCase):
         args = types.SimpleNamespace(eps=[0.1], attack=["pgd", "slow"], threat="white", steps=5,
                                      step_size=None, norm="linf", restarts=2, eot=1, loss=["ce", "margin"])
         with with_entry(ATTACKS, slow=Attack(pgd, gradients=lambda settings: 100 * settings["steps"])):
-            plain, slow = attack.plan_table(args, [entry], random_images())
+            plain, slow = attack.plan_table(args, [entry], random_images(), 120)
         self.assertAlmostEqual(slow.seconds / plain.seconds, (100 * 5 * 2) / (5 * 2 * 2))
 
     def test_leaving_the_ball(self):
