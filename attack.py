@@ -181,8 +181,8 @@ def strong_pgd(model, images, labels, eps, steps, step_size=None, norm="linf", r
     They raise the cross-entropy, then the margin, then, on a deterministic model, the margin towards each of
     the most likely other classes (nine at most), each from so many starts. With early_stop a run attacks what
     the runs before have left right; without it, where the images are meant for another model, or on a random
-    model, where it would pick lucky draws, each run attacks all images, and the strongest are kept. loss: "all",
-    the only one.
+    model, where it would pick lucky draws, each run attacks all images, and the strongest are kept. loss: how
+    a table names this, "all".
     """
     settings = dict(eps=eps, steps=steps, step_size=step_size, norm=norm, eot=eot)
     plans = [("ce", None), ("margin", None)]

@@ -152,7 +152,9 @@ def digest_of_code_of(files, model, *functions):
         elif not is_installed(module, path):
             sources.append(source_of(definition))
     digest = digest_of_files({*files, *own, *files_of_yours()})
-    return hashlib.sha256(repr([digest, sorted(sources)]).encode()).hexdigest()[:12] if sources else digest
+    if sources:
+        digest = hashlib.sha256(repr([digest, sorted(sources)]).encode()).hexdigest()[:12]
+    return digest
 
 
 def is_installed(module, path):

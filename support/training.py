@@ -157,7 +157,7 @@ def print_plan(model, batches, epochs, peak_lr):
 
 
 def distribute(model, optimizer):
-    """DistributedDataParallel around the model, where there are several processes.
+    """DistributedDataParallel around the model, where there are several processes; on a GPU, TF32 from here on.
 
     Its require_backward_grad_sync, False in all micro-batches but the last, has gradients averaged once.
     UserError where the optimizer trains what is not part of this model: only gradients of what is computed
@@ -170,7 +170,7 @@ def distribute(model, optimizer):
                         "not hold: put all that is trained into one module, and compute the loss in its "
                         "forward")
     if next(model.parameters()).is_cuda:
-        torch.set_float32_matmul_precision("high")  # TF32 in training; later stages compute in float32
+        torch.set_float32_matmul_precision("high")  # the later stages stay in float32
     if not dist.is_initialized():
         return model
     return DistributedDataParallel(model)
