@@ -401,10 +401,6 @@ class LinearFilter(nn.Module):
         denoised = self.center + (gains * coordinates) @ self.directions.T
         return denoised.view_as(noisy)
 
-    def forward(self, images, noisy):
-        """The mean squared error of the denoised images."""
-        return (self.reconstruct(noisy, images) - images).square().mean()
-
 
 class Blur(nn.Module):
     """A Gaussian blur of the given width, in pixels, in the denoiser's place: it knows nothing of images."""
@@ -418,10 +414,6 @@ class Blur(nn.Module):
         kernel_size = 2 * math.ceil(3 * self.width) + 1
         return gaussian_blur(noisy, kernel_size, self.width)
 
-    def forward(self, images, noisy):
-        """The mean squared error of the blurred images."""
-        return (self.reconstruct(noisy, images) - images).square().mean()
-
 
 AUTOENCODERS = {  # pretrain.py --arch trains the first; studies.wiener makes the others
     "vit": Autoencoder,
@@ -434,10 +426,11 @@ def make_autoencoder(arch="vit", **config):
     """The autoencoder of pretrain.py's --arch. A denoiser of another kind is a class and an entry above.
 
     Its contract: it is made from the config of a checkpoint (image_size, mean, std, task, and what the
-    entry of SIZES says; take **others for what it does not need). forward(images, noisy) is the training
-    loss, a scalar: only what is computed there has its gradients averaged over processes.
-    reconstruct(noisy, reference) gives denoised images [B, C, H, W], not clamped; reference is what was
-    handed to the defense, before noise. What is not trained has requires_grad False.
+    entry of SIZES says; take **others for what it does not need). reconstruct(noisy, reference) gives
+    denoised images [B, C, H, W], not clamped; reference is what was handed to the defense, before noise.
+    forward(images, noisy) is the training loss, a scalar: only what is computed there has its gradients
+    averaged over processes. A filter, which is not trained, has none. What is not trained has requires_grad
+    False.
     """
     return AUTOENCODERS[arch](**config)
 
