@@ -359,8 +359,13 @@ def attack_named(name):
 
 
 class Cell(NamedTuple):
-    """A row of the table that is to be measured: a defense, an attack on it, and its settings."""
+    """A row of the table that is to be measured: a defense, an attack on it, and its settings.
+
+    attacked: what the attacker differentiates; needs_eot: whether that is random; random: whether the defense is.
+    """
     entry: tested.Entry
+    attacked: nn.Module
+    needs_eot: bool
     random: bool
     attack: str
     eps: float
@@ -404,8 +409,8 @@ def arguments(argv=None):
 
 
 def settings_of(args, name, eps, random):
-    """(the arguments of an attack for one row of the table, its losses); random: the defense needs EOT."""
-    averages = name.endswith("+eot") and random and args.threat == "white"
+    """(the arguments of an attack for one row of the table, its losses); random: what it attacks needs EOT."""
+    averages = name.endswith("+eot") and random
     settings = dict(steps=args.steps, step_size=args.step_size, norm=args.norm, restarts=args.restarts,
                     eot=args.eot if averages else 1, early_stop=not random and args.threat == "white")
     if args.step_size is None:
@@ -423,31 +428,33 @@ def plan_table(args, entries, images, batch):
         started = time.perf_counter()
         accuracy(entry.model, few, torch.zeros(len(few), dtype=torch.long, device=few.device))
         seconds = 3 * len(images) / len(few) * (time.perf_counter() - started)  # of a gradient of every image
-        random = cli.sum_over_processes(needs_eot(entry.model, few)) != [0]
+        attacked = entry.model if args.threat == "white" else entry.classifier
+        random, attacked_is_random = (cli.sum_over_processes(needs_eot(model, few)) != [0]
+                                      for model in (entry.model, attacked))
         for eps in args.eps or entry.checkpoint["data"]["attack_eps"]:
             for name in args.attack:
-                settings, losses = settings_of(args, name, eps, random)
+                settings, losses = settings_of(args, name, eps, attacked_is_random)
                 base = name.removesuffix("+eot")
                 if name != base and base in args.attack and settings["eot"] == 1:
                     continue  # nothing is random for the attacker: the same as without EOT
                 gradients = attack_named(name).gradients(settings) * len(losses)
-                cells.append(Cell(entry, random, name, eps, settings, losses, seconds * gradients))
+                cells.append(Cell(entry, attacked, attacked_is_random, random, name, eps, settings, losses,
+                                  seconds * gradients))
     return cells
 
 
-def say_without_eot(cells, threat):
+def say_without_eot(cells):
     """A note on random defenses whose attacks all see one draw a step: what they leave is too high."""
     averaged = {cell.entry.name for cell in cells if cell.settings["eot"] > 1}
-    overstated = {cell.entry.name for cell in cells if cell.random} - averaged
-    if threat == "white" and overstated:
+    overstated = {cell.entry.name for cell in cells if cell.needs_eot} - averaged
+    if overstated:
         print(f"note: random, and attacked without EOT, which overstates it: {', '.join(sorted(overstated))}; "
               "give --attack pgd+eot")
 
 
 def measure(cell, args, images, labels, batch, show):
     """The share of correct draws of each image after the attack, [N]; show(done) is told how far it is."""
-    entry, attack = cell.entry, attack_named(cell.attack).function
-    attacked = entry.model if args.threat == "white" else entry.classifier
+    entry, attacked, attack = cell.entry, cell.attacked, attack_named(cell.attack).function
 
     def attack_and_score(x, y):
         candidates = [attack(attacked, x.clone(), y, cell.eps, loss=loss, **cell.settings)
@@ -465,7 +472,8 @@ def facts_of(cell, args, images, pixels, one_answer):
     images: how many, of all processes; pixels: their digest; one_answer: the class that the model gives for
     all of them, or "".
     """
-    entry, settings = cell.entry, cell.settings
+    entry, settings, attack = cell.entry, cell.settings, attack_named(cell.attack)
+    functions = [attack.function, attack.fixed, *(LOSSES[name] for name in cell.losses if name in LOSSES)]
     return dict(
         level=entry.level, value=entry.value, attack=cell.attack, norm=args.norm, eps=f"{cell.eps:.6g}",
         steps=settings["steps"], step_size=f"{settings['step_size']:.6g}", restarts=settings["restarts"],
@@ -473,7 +481,7 @@ def facts_of(cell, args, images, pixels, one_answer):
         draws=cell.draws, split=args.split, images=images, pixels=pixels,
         trained_on=args.trained_on[entry.name], one_answer=one_answer, attack_seed=args.seed,
         precision="bf16" if args.bf16 else "fp32", weights=run.fingerprint(entry.model),
-        code=run.digest_of_code_of(CODE, entry.model, attack_named(cell.attack).function))
+        code=run.digest_of_code_of(CODE, entry.model, *functions))
 
 
 def main(argv=None):
@@ -532,7 +540,7 @@ def main(argv=None):
             report.append_row(table, dict(
                 defense=entry.name, run=entry.folder, data=args.data, **facts, clean_accuracy=f"{clean:.2f}",
                 robust_accuracy=f"{robust:.2f}", seconds=seconds, warnings=warned, commit=run.commit()))
-    say_without_eot(cells, args.threat)
+    say_without_eot(cells)
     summary = ", ".join(f"{name} {robust:.1f}%" for name, robust in lowest.items())
     runs = " ".join(shlex.quote(str(folder)) for folder in args.runs)
     print(f"\nright under the strongest of these attacks, at {in_units(largest_eps, args.norm)}: {summary}\n"

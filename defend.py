@@ -35,7 +35,7 @@ def arguments(argv=None):
     add = parser.add_argument
     add("--photos", nargs="+", type=cli.folder, metavar="PATH", help="image files, and folders of them, to "
         "purify and classify instead of test images")
-    add("--votes", type=cli.count, default=1, help="draws of the noise that the defense averages, default 1")
+    add("--votes", type=cli.count, help="draws of the noise that the defense averages; default 1")
     add("--eps", type=cli.eps, help="of the attack in defend.png, in [0, 1] units; default 16/255 (color "
         "4/255)")
     add("--steps", type=cli.count, help="of the attack in defend.png, default 20")
@@ -147,7 +147,8 @@ def print_clean_accuracy(args, entries, images, labels, classes):
     """A table: accuracy on clean images, and PSNR of what the classifier sees, over sigma."""
     total, width = len(images), max(len(entry.name) for entry in entries)
     images, labels = tested.own_share(images, labels)
-    print(f"{total} {args.split} images of {args.data}, votes {args.votes}, seed {args.seed}\n\n"
+    votes = f", votes {args.votes}" if args.votes else ""
+    print(f"{total} {args.split} images of {args.data}{votes}, seed {args.seed}\n\n"
           f"{'run and level':{width}}  {'clean accuracy % [95%]':>22}  PSNR dB  images/s")
     for entry in entries:
         cli.seed_everything(args.seed)

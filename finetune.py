@@ -219,6 +219,7 @@ def main(argv=None):
     started_from = None
     if saved is None and args.init:
         other, started_from = run.load(args.init)
+        run.say_made_by_other_code({args.init: started_from})
         training.initialize(classifier, other, args.init)
     elif saved is None and not args.from_scratch:
         started_from = pretraining

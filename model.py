@@ -493,7 +493,7 @@ class Defense(nn.Module):
     task = None  # what its autoencoder must be pretrained for, "nim" or "mim"; None: it needs none
     levels = ()  # what it is tested at unless told otherwise; (): the data set's sigmas
     trained_at = None  # the level to fine-tune at; None: the first of levels, or the data set's sigma
-    is_random = True  # whether two calls on the same images can differ: attacks then need EOT
+    is_random = False  # True where two calls can differ; attack.needs_eot finds that out by itself, too
     level = ""  # its setting in words, as "σ = 50"
 
     def __init__(self, autoencoder, classifier, votes=1, straight_through=True):
@@ -585,6 +585,7 @@ class MaskAndFill(Defense):
     the decoder's whole output, as in the authors' code, whose loss never trained the visible patches.
     """
     title, task, levels, trained_at = "MIM", "mim", (0.25, 0.5, 0.75), "uniform:0,0.75"
+    is_random = True
 
     def __init__(self, autoencoder, classifier, mask_ratio, **settings):
         super().__init__(autoencoder, classifier, **settings)

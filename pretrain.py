@@ -133,6 +133,7 @@ def main(argv=None):
     started_from = None
     if args.init and saved is None:
         other, started_from = run.load(args.init)
+        run.say_made_by_other_code({args.init: started_from})
         training.initialize(autoencoder, other, args.init)
     optimizer = torch.optim.AdamW(training.parameter_groups(autoencoder, args.weight_decay),
                                   betas=(0.9, args.beta2), fused=True)

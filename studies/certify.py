@@ -191,16 +191,16 @@ def main(argv=None):
         origin = dict(run=entry.folder, defense=entry.name, level=entry.level, n0=args.n0, data=args.data,
                       split=args.split, images=len(images), pixels=pixels, attack_seed=args.seed,
                       precision="bf16" if args.bf16 else "fp32", weights=run.fingerprint(entry.defense),
-                      code=run.digest_of_code_of(CODE, entry.defense), commit=run.commit())
+                      code=run.digest_of_code_of(CODE, entry.defense))
         rows = []
 
         def certify_one(x, y):
             predicted, hits, radius = certify(entry.defense, x[0], args.n0, args.n, args.max_batch)
             rows.append(dict(image=len(rows), label=y.item(), predicted=predicted, hits=hits, draws=args.n,
                              l2_radius=radius))
-            row = {**origin, **in_text(rows[-1])}
-            if not report.find_row(written, row, table):  # an earlier call of the same command
-                report.append_row(table, row)
+            image = dict(origin, image=rows[-1]["image"], label=rows[-1]["label"], draws=args.n)
+            if not report.find_row(written, image, table):  # each counts once, also on another machine
+                report.append_row(table, {**origin, **in_text(rows[-1]), "commit": run.commit()})
             return torch.tensor([radius])
         cli.seed_everything(args.seed)
         with cli.autocast(args.bf16, device):

@@ -19,13 +19,13 @@ import zipfile
 import numpy as np
 import torch
 
+from finetune import ENCODER
 from model import SIZES, UserError
+from pretrain import NORM_PIX_FROM
 from support import cli, data, run
 
 FIRST = "patch_embed.proj.weight"  # every ViT of MAE's and timm's has it
 USUAL = ("model", "classifier", "state_dict", "model_state_dict")  # where a state dict lies in a file
-ENCODER = ("image_size", "patch_size", "embed_dim", "depth", "num_heads", "mean", "std")
-NORM_PIX_FROM = 14  # pixels of a patch, as in pretrain.py
 
 
 def read_weights(path):

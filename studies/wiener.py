@@ -65,6 +65,7 @@ def main(argv=None):
     sigma = AT.get(args.data, 75.0) if args.sigma is None else args.sigma
     images, _, classes = data.load_images(args.data, "train", size["image_size"])
     heldout, _, _ = data.load_images(args.data, "val", size["image_size"], classes, data.HELDOUT_IMAGES)
+    facts = run.facts(args.data, dataset, images)
     images, heldout = data.as_floats(images), data.as_floats(heldout)
     config = dict(size, task="nim", mean=dataset.mean, std=dataset.std)
     if args.blur:
@@ -81,7 +82,6 @@ def main(argv=None):
     for level in SIGMAS:
         print(f"{f'σ = {level}':>10}  denoised {decibels(model, heldout, level, args.seed):5.2f} dB")
     settings = dict(data=args.data, size=dataset.size, seed=args.seed)
-    facts = run.facts(args.data, dataset, images)
     checkpoint = dict(kind="autoencoder", config=config, settings=settings, data=facts, classes=classes,
                       task="nim", epoch=1, epochs=1, log=[], made_by=[run.origin(args.command, CODE)],
                       model=model.state_dict())

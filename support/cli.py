@@ -215,9 +215,10 @@ def of_rank_0(value):
     return held[0]
 
 
-def seed_everything(seed):
-    """Seed PyTorch's, NumPy's and Python's random numbers; each of several processes draws its own."""
-    seed += rank()
+def seed_everything(seed, same=False):
+    """Seed PyTorch's, NumPy's and Python's random numbers; each of several processes draws its own, or the same."""
+    if not same:
+        seed += rank()
     torch.manual_seed(seed)
     np.random.seed(seed % 2**32)
     random.seed(seed)

@@ -31,7 +31,7 @@ from pathlib import Path
 
 import torch
 
-from model import (AUTOENCODERS, CLASSIFIERS, DEFENSES, Defense, NoiseScale, UserError, make_autoencoder,
+from model import (AUTOENCODERS, CLASSIFIERS, DEFENSES, NOISE_LAWS, Defense, NoiseScale, UserError, make_autoencoder,
                    make_classifier)
 from support import cli, data
 
@@ -134,6 +134,7 @@ def digest_of_files(names):
 
 def files_of_yours():
     """The imported files in this folder, and in packages of yours, that are none of the project's."""
+    note_imported_code()  # a model may import one when it is first called
     return {name for name in _imported if name not in TOP_LEVEL and name.split("/")[0] not in FOLDERS}
 
 
@@ -142,8 +143,14 @@ def digest_of_code_of(files, model, *functions):
 
     What is defined in a notebook's cell, or in a file outside the project, counts by its own source.
     """
-    definitions = {kind for part in model.modules() for kind in type(part).__mro__} | set(functions)
+    definitions = {kind for part in model.modules() for kind in type(part).__mro__}
+    definitions |= {law.draw for law in NOISE_LAWS.values()}
     own, sources = set(), []
+    for function in functions:
+        if isinstance(function, functools.partial):
+            sources.append(repr((function.args, function.keywords)))
+            function = function.func
+        definitions.add(function)
     for definition in definitions:
         module = getattr(definition, "__module__", None) or ""
         path = Path(getattr(sys.modules.get(module), "__file__", None) or "")

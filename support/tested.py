@@ -88,8 +88,8 @@ def check_task(name, autoencoder, pretraining, folder):
                         "with --autoencoder RUN")
 
 
-def put_in_front(folder, classifier, checkpoint, autoencoder, pretraining, name, level, votes=1):
-    """A classifier behind the defense of this name, or alone ("off"): an Entry."""
+def put_in_front(folder, classifier, checkpoint, autoencoder, pretraining, name, level, votes=None):
+    """A classifier behind the defense of this name, or alone ("off"): an Entry; votes: instead of its own."""
     folder = Path(folder)
     called = folder.name or folder.resolve().name
     if name == "off":
@@ -98,7 +98,7 @@ def put_in_front(folder, classifier, checkpoint, autoencoder, pretraining, name,
         return Entry(called, folder.as_posix(), "off", None, classifier, classifier, None, checkpoint)
     check_task(name, autoencoder, pretraining, folder)
     defense = DEFENSES[name](autoencoder, classifier, level).eval()
-    defense.votes = votes
+    defense.votes = votes or defense.votes
     if name != checkpoint["defense"]:
         called += f" behind {defense.title}"
     try:
@@ -129,10 +129,10 @@ def load_run(folder, autoencoder_of, device):
     return classifier, checkpoint, autoencoder, pretraining
 
 
-def load_entries(args, device, votes=1):
+def load_entries(args, device, votes=None):
     """What the flags ask for: a list of Entry on the device. Fills in --data, --out and --max-batch."""
     run.note_imported_code()
-    cli.seed_everything(args.seed)  # a defense may draw when it is made
+    cli.seed_everything(args.seed, same=True)  # a defense may draw when it is made
     if args.defense:
         cli.refuse(args, ["sigma"], "beside --defense, which takes levels, as de3:50")
     loaded = {folder: load_run(folder, args.autoencoder, device) for folder in args.runs}

@@ -109,6 +109,11 @@ def initialize(model, other, source):
                         f"{list(own[differ[0]].shape)} here: is that run of another size?")
     taken = [name for name in common if name not in differ]
     model.load_state_dict({name: given[name] for name in taken}, strict=False)
+    for name in ("mean", "std"):  # no weights: they follow from the data, or the autoencoder
+        before, now = getattr(other, name, None), getattr(model, name, None)
+        if before is not None and now is not None and not torch.equal(before.cpu(), now.cpu()):
+            print(f"note: {source} normalizes by another {name}, {before.flatten().tolist()}, than this model, "
+                  f"{now.flatten().tolist()}")
     left = sorted({name.split(".")[0] for name in own if name not in taken})
     print(f"weights from {source}; at their initial value: {', '.join(left) or 'none'}")
 
@@ -117,8 +122,12 @@ def parameter_groups(model, weight_decay, layer_decay=1.0):
     """AdamW groups: no weight decay on 1-D parameters, nor on what model.no_weight_decay names.
 
     layer_decay: the lr of block i is scaled by layer_decay^(depth - i), that of the tokens
-    (patches, positions, class) by layer_decay^(depth + 1), that of the head by 1 (as in MAE).
+    (patches, positions, class) by layer_decay^(depth + 1), that of the head by 1 (as in MAE). UserError for
+    a model without blocks, whose layers it could not tell.
     """
+    if layer_decay != 1 and not hasattr(model, "blocks"):
+        raise UserError(f"layer decay {layer_decay:g} needs a ViT, a model with blocks: make the groups of each part "
+                        "of yours by itself, and put them together")
     depth = len(getattr(model, "blocks", ()))
     groups = {}
     for name, parameter in model.named_parameters():

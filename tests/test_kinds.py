@@ -17,7 +17,7 @@ import attack
 import model
 import pretrain
 from attack import ATTACKS, Attack, pgd
-from model import AUTOENCODERS, DEFENSES, NOISE_LAWS, Defense, NoiseLaw, NoiseScale, UserError
+from model import AUTOENCODERS, DEFENSES, NOISE_LAWS, De3, Defense, NoiseLaw, NoiseScale, UserError
 from studies import audit, compare, tables
 from support import data, tested
 from support import run as run_module
@@ -192,12 +192,27 @@ class TestAttack(unittest.TestCase):
                 calls.clear()
                 entry = tested.Entry("x", "x", "", 50, defense, classifier, defense, {})
                 settings = dict(steps=3, step_size=0.01, norm="linf", restarts=1, eot=eot, early_stop=False)
-                cell = attack.Cell(entry, True, "tried+eot", 0.01, settings, ["ce"], 0)
+                cell = attack.Cell(entry, defense, True, True, "tried+eot", 0.01, settings, ["ce"], 0)
                 args = types.SimpleNamespace(threat="white", norm="linf", seed=0)
                 with with_entry(ATTACKS, tried=Attack(function)):
                     shares = attack.measure(cell, args, images, labels, 4, lambda done: None)
                 self.assertEqual(sum(calls), 4 * (3 * eot + attack.DRAWS))
                 self.assertEqual(shares.shape, (4,))
+
+    def test_eot_in_gray_box(self):
+        """Where the classifier, which is all that is differentiated, is random itself; else it is not used."""
+        class Noisy(nn.Flatten):
+            def forward(self, images):
+                return super().forward(images + 0.1 * torch.randn_like(images))
+        images = random_images()
+        for classifier, needs_eot in ((nn.Flatten(), False), (Noisy(), True)):
+            defense = model.NoiseOnly(None, classifier, 50)
+            entry = tested.Entry("x", "x", "", 50, defense, classifier, defense, {})
+            args = attack.arguments(["runs/x", "--threat", "gray", "--attack", "pgd", "pgd+eot", "--eps", "0.1"])
+            cells = attack.plan_table(args, [entry], images, 4)
+            self.assertEqual([cell.settings["eot"] for cell in cells], [1, 8] if needs_eot else [1])
+            self.assertEqual([(cell.random, cell.needs_eot) for cell in cells], [(True, needs_eot)] * len(cells))
+            self.assertFalse(any(cell.settings["early_stop"] for cell in cells))
 
     def test_own_settings(self):
         """Those of an entry come before the flags'."""
@@ -276,7 +291,7 @@ class TestAttack(unittest.TestCase):
 
 class Rounded(Defense):
     """Pixels in so many gray levels; the gradient is that of the identity."""
-    title, levels, trained_at, is_random = "rounded", (2, 4), "3", False
+    title, levels, trained_at = "rounded", (2, 4), "3"
 
     def __init__(self, autoencoder, classifier, grays, **settings):
         super().__init__(autoencoder, classifier, **settings)
@@ -289,6 +304,14 @@ class Rounded(Defense):
     def purify(self, images):
         rounded = (images * (self.grays - 1)).round() / (self.grays - 1)
         return rounded.detach() + images - images.detach()
+
+
+class Vote(De3):
+    """De³ that votes."""
+    title = "vote"
+
+    def __init__(self, autoencoder, classifier, sigma, **settings):
+        super().__init__(autoencoder, classifier, sigma, votes=7, **settings)
 
 
 class Dithered(Rounded):
@@ -398,6 +421,11 @@ class TestDefense(unittest.TestCase):
                           ("x behind rounded, 5 grays", "5 grays", 5), ("x, off", "off", None)])
         self.assertEqual([entry.defense.votes for entry in found if entry.defense], [3, 3, 3])
         self.assertIs(found[-1].model, found[-1].classifier)
+        autoencoder, pretraining = run_module.load(photo_autoencoder("nim"))
+        with with_entry(DEFENSES, vote=Vote):  # it is tested as it was made
+            own, other = (tested.put_in_front("runs/x", nn.Flatten(), checkpoint, autoencoder, pretraining, "vote",
+                                              "50", votes) for votes in (None, 3))
+        self.assertEqual((own.defense.votes, other.defense.votes), (7, 3))
         with self.assertRaisesRegex(UserError, "no autoencoder for De³"):
             tested.put_in_front("runs/x", nn.Flatten(), checkpoint, None, None, "de3", "9")
         assert_refused(run("attack", photo_classifier("clean"), "--defense", "square:3"),

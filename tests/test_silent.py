@@ -1,6 +1,9 @@
 """No wrong number without a word: what somebody who edits the code would not notice."""
 
+import functools
 import shutil
+import sys
+import types
 import unicodedata
 import unittest
 from pathlib import Path
@@ -13,7 +16,7 @@ from PIL import Image
 import attack
 import defend
 import pretrain
-from model import DEFENSES, De3, NoiseOnly, NoiseScale, UserError
+from model import DEFENSES, NOISE_LAWS, De3, NoiseOnly, NoiseScale, UserError
 from studies import compare
 from support import cli, data, run, training
 from tests.helpers import (assert_refused, copy_of_photos, finished, linear_on_digits, new_folder, new_python,
@@ -222,6 +225,24 @@ class TestKinds(unittest.TestCase):
             self.assertNotEqual(run.digest_of_code_of(["model.py"], model), before)
         with mock.patch.dict(run._imported, {"studies/mine.py": (None, "0123456789ab")}):
             self.assertEqual(run.digest_of_code_of(["model.py"], model), before)
+        with mock.patch.object(run, "_imported", {**run._imported}):  # imported by the first call of a model
+            late = types.ModuleType("late")
+            late.__file__ = str(run.REPOSITORY / "late.py")
+            with mock.patch.object(run.Path, "is_file", return_value=True), \
+                    mock.patch.object(run.Path, "read_text", return_value="x = 1"), \
+                    mock.patch.dict(sys.modules, late=late):
+                self.assertNotEqual(run.digest_of_code_of(["model.py"], model), before)
+
+    def test_functions_with_arguments(self):
+        """A partial of one's own counts by its function and its arguments; a noise law by its draw."""
+        model = small_classifier()
+        functions = [greedy, *(functools.partial(greedy, decay=decay) for decay in (1, 2))]
+        digests = {run.digest_of_code_of([], model, function) for function in functions}
+        self.assertEqual(len(digests), 3)
+        before = run.digest_of_code_of([], model)
+        law = NOISE_LAWS["gamma"]._replace(draw=lambda *values: values)
+        with mock.patch.dict(NOISE_LAWS, mine=law):
+            self.assertNotEqual(run.digest_of_code_of([], model), before)
 
     def test_palette(self):
         """A PIL image is read by its colors, whoever opened it, and not by the numbers of its palette."""

@@ -78,6 +78,9 @@ class TestTraining(unittest.TestCase):
                 "blocks.1.norm1.weight": (0, 0.5), "fc_norm.weight": (0, 1),
                 "head.weight": (0.05, 1), "head.bias": (0, 1)}.items():
             self.assertEqual(found[name], expected, name)
+        both = nn.ModuleList([classifier, small_autoencoder()])  # their layers could not be told
+        self.assertRaisesRegex(UserError, "layer decay 0.5", training.parameter_groups, both, 0.05, 0.5)
+        training.parameter_groups(both, 0.05)
         pretraining = training.parameter_groups(small_autoencoder(), 0.05)
         self.assertEqual({group["lr_scale"] for group in pretraining}, {1})
         self.assertTrue(all(p.requires_grad for group in pretraining for p in group["params"]))
@@ -144,6 +147,8 @@ class TestTraining(unittest.TestCase):
         self.assertTrue(torch.equal(classifier.fc_norm.weight, other.fc_norm.weight))
         self.assertTrue(torch.equal(classifier.blocks[0].attn.qkv.weight, other.blocks[0].attn.qkv.weight))
         self.assertIn("initial value: none\n", self.initialized(classifier, small_classifier(seed=4)))
+        self.assertIn("note: runs/x normalizes by another mean, ",
+                      self.initialized(classifier, small_classifier(mean=(0.1, 0.2, 0.3))))
 
     def test_initialize_from_what_does_not_fit(self):
         """Another kind of network, or one of another width, in a sentence; nothing is taken."""

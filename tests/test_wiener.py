@@ -7,6 +7,7 @@ import torch
 
 from model import AUTOENCODERS, De3, make_autoencoder
 from studies import wiener
+from support import data
 from support import run as run_module
 from tests.helpers import (assert_near, assert_refused, finished, new_folder, photos, random_images, read_csv,
                            run, saved, training)
@@ -46,6 +47,9 @@ class TestWiener(unittest.TestCase):
             folder, printed = self.make(*flags)
             checkpoint = saved(folder)
             self.assertEqual((checkpoint["kind"], checkpoint["config"]["arch"]), ("autoencoder", arch))
+            trained_on, _, _ = data.load_images(str(photos()), "train", 32)
+            self.assertEqual(set(data.digest_of_each(trained_on).tolist()),
+                             set(checkpoint["data"]["digests"].tolist()))
             decibels = dict(re.findall(r"σ = +(\d+)  denoised +([\d.]+) dB", printed))
             self.assertGreater(float(decibels["100"]), 14)  # the noise alone has 8
             model, _ = run_module.load(folder)
