@@ -227,6 +227,8 @@ def main(argv=None):
     pixels, path, rows, progress = data.digest(images, labels), args.at / "compare.csv", [], cli.Progress()
     measured = report.read_rows(path)
     for number, (line, seed, entry) in enumerate(found):
+        started, name = time.perf_counter(), f"{line.name}, {entry.level}, seed {seed}"
+        say_one_answer(name, entry.model, images, labels, classes, args.max_batch)
         row = dict(defense=line.name, level=entry.level, value=entry.value, seed=seed, run=entry.folder,
                    data=args.data, split=args.split, images=len(images), every=args.every, pixels=pixels,
                    norm="linf", eps=f"{eps:.6g}", l2_radius=f"{args.l2:g}", steps=args.steps, eot=args.eot,
@@ -235,8 +237,6 @@ def main(argv=None):
                    commit=run.commit())
         row = {name: report.as_text(value) for name, value in row.items()}
         cell = {name: value for name, value in row.items() if name not in NOT_MEASURED}
-        started, name = time.perf_counter(), f"{line.name}, {entry.level}, seed {seed}"
-        say_one_answer(name, entry.model, images, labels, classes, args.max_batch)
         old = report.find_row(measured, cell, path)
         if old:
             rows.append({**old, "defense": line.name})
