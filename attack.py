@@ -361,7 +361,8 @@ def attack_named(name):
 class Cell(NamedTuple):
     """A row of the table that is to be measured: a defense, an attack on it, and its settings.
 
-    attacked: what the attacker differentiates; needs_eot: whether that is random; random: whether the defense is.
+    attacked: what the attacker differentiates, the whole defense or its classifier alone; needs_eot: whether
+    that is random. random: whether the whole defense is.
     """
     entry: tested.Entry
     attacked: nn.Module
@@ -429,8 +430,8 @@ def plan_table(args, entries, images, batch):
         accuracy(entry.model, few, torch.zeros(len(few), dtype=torch.long, device=few.device))
         seconds = 3 * len(images) / len(few) * (time.perf_counter() - started)  # of a gradient of every image
         attacked = entry.model if args.threat == "white" else entry.classifier
-        random, attacked_is_random = (cli.sum_over_processes(needs_eot(model, few)) != [0]
-                                      for model in (entry.model, attacked))
+        random = cli.sum_over_processes(needs_eot(entry.model, few)) != [0]
+        attacked_is_random = cli.sum_over_processes(needs_eot(attacked, few)) != [0]
         for eps in args.eps or entry.checkpoint["data"]["attack_eps"]:
             for name in args.attack:
                 settings, losses = settings_of(args, name, eps, attacked_is_random)

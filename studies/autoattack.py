@@ -9,7 +9,8 @@ steps with EOT 20 by cross-entropy and by DLR, on every image, of which the stro
 "rand" leaves alone what one draw gets wrong, and hands back unattacked what another one gets right: fresh
 draws would score images that nobody has attacked.) Everything is computed in float32: AutoAttack gives up an
 image as soon as it is wrong, be it by rounding alone. Beside it stands our own attack on the same images, as
-studies.compare makes it: strong_pgd where nothing is random, else PGD with EOT, scored on as many fresh draws. pyautoattack packages the authors' code; DLR needs four classes.
+studies.compare makes it: strong_pgd where nothing is random, else PGD with EOT, scored on as many fresh
+draws. pyautoattack packages the authors' code; DLR needs four classes.
 """
 
 import time
@@ -39,7 +40,7 @@ def arguments(argv=None):
 
 
 def attacked_by(attack, images, labels, batch_size):
-    """The adversarial versions that an AutoAttack makes of these images [N, C, H, W]."""
+    """The adversarial versions that an AutoAttack, "standard" or "rand", makes of these images [N, C, H, W]."""
     if attack.version == "standard":
         adversarial, _ = attack.run_standard_evaluation(images, labels, batch_size=batch_size)
         return adversarial

@@ -111,7 +111,8 @@ def measure(model, images, labels, eps, l2, steps, eot, seed, batch, every=1, sh
     read("clean", images, labels, "clean_ten_tries")
     if hasattr(model, "classifier"):
         show("gray-box PGD")
-        adversarial = attacked(images, labels, model.classifier)
+        averages = needs_eot(model.classifier, few)
+        adversarial = attacked(images, labels, model.classifier, eot=eot if averages else 1)
         read("gray_box", adversarial, labels)
     show("PGD with EOT")
     read("one_shot", attacked_through(some, some_labels), some_labels, "ten_tries")

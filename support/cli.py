@@ -216,7 +216,10 @@ def of_rank_0(value):
 
 
 def seed_everything(seed, same=False):
-    """Seed PyTorch's, NumPy's and Python's random numbers; each of several processes draws its own, or the same."""
+    """Seed PyTorch's, NumPy's and Python's random numbers.
+
+    Each of several processes then draws its own; with same=True all draw the same.
+    """
     if not same:
         seed += rank()
     torch.manual_seed(seed)

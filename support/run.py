@@ -31,8 +31,8 @@ from pathlib import Path
 
 import torch
 
-from model import (AUTOENCODERS, CLASSIFIERS, DEFENSES, NOISE_LAWS, Defense, NoiseScale, UserError, make_autoencoder,
-                   make_classifier)
+from model import (AUTOENCODERS, CLASSIFIERS, DEFENSES, NOISE_LAWS, Defense, NoiseScale, UserError,
+                   make_autoencoder, make_classifier)
 from support import cli, data
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -139,7 +139,7 @@ def files_of_yours():
 
 
 def digest_of_code_of(files, model, *functions):
-    """One digest of these files, of yours, and of what defines the classes of a model and the functions.
+    """One digest of these files, of yours, and of what defines a model's classes, the functions, the noise laws.
 
     What is defined in a notebook's cell, or in a file outside the project, counts by its own source.
     """

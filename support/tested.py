@@ -89,7 +89,10 @@ def check_task(name, autoencoder, pretraining, folder):
 
 
 def put_in_front(folder, classifier, checkpoint, autoencoder, pretraining, name, level, votes=None):
-    """A classifier behind the defense of this name, or alone ("off"): an Entry; votes: instead of its own."""
+    """A classifier behind the defense of this name, or alone ("off"): an Entry.
+
+    votes: how many draws it averages; None: as many as the defense was made with.
+    """
     folder = Path(folder)
     called = folder.name or folder.resolve().name
     if name == "off":
@@ -98,7 +101,8 @@ def put_in_front(folder, classifier, checkpoint, autoencoder, pretraining, name,
         return Entry(called, folder.as_posix(), "off", None, classifier, classifier, None, checkpoint)
     check_task(name, autoencoder, pretraining, folder)
     defense = DEFENSES[name](autoencoder, classifier, level).eval()
-    defense.votes = votes or defense.votes
+    if votes is not None:
+        defense.votes = votes
     if name != checkpoint["defense"]:
         called += f" behind {defense.title}"
     try:

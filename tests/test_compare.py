@@ -354,6 +354,11 @@ class TestReadings(unittest.TestCase):
         gray = [call for call in attacks.call_args_list if call.args[0] is model]
         self.assertEqual(len(gray), 1)
         self.assertEqual(gray[0].kwargs.get("eot", 1), 1)
+        random = NoiseOnly(None, model, 20)  # as a classifier that is random by itself
+        with mock.patch.object(compare, "pgd", wraps=compare.pgd) as attacks:
+            compare.measure(NoiseOnly(None, random, 0), images[:8], labels[:8], 0.05, 0, 2, 3, 0, batch=8)
+        gray = [call for call in attacks.call_args_list if call.args[0] is random]
+        self.assertEqual([call.kwargs["eot"] for call in gray], [3])
         self.assertEqual({"gray_box", "one_shot"} & found.keys(), {"gray_box", "one_shot"})
         self.assertNotIn("l2", found)
         found = self.readings(model)
