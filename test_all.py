@@ -38,6 +38,7 @@
                         test_silent     edits that would make wrong numbers without a word
     studies             test_compare    what is missing, the readings, what is measured again, the plot
                         test_wiener     a linear filter and a blur in the autoencoder's place
+                        test_autoattack every image of a random defense is attacked, by both losses
                         test_speed      the plain De³ is ours in other words
                         test_lesson     the lesson runs from top to bottom
 """
