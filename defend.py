@@ -35,8 +35,8 @@ def arguments(argv=None):
     add = parser.add_argument
     add("--photos", nargs="+", type=cli.folder, metavar="PATH", help="image files, and folders of them, to "
         "purify and classify instead of test images")
-    add("--votes", type=cli.count, help="draws of the noise that the defense averages; default: what it is made with, 1 "
-        "for De³")
+    add("--votes", type=cli.count, help="draws of the noise that the defense averages; default: what it is made "
+        "with, 1 for De³")
     add("--eps", type=cli.eps, help="of the attack in defend.png, in [0, 1] units; default 16/255 (color "
         "4/255)")
     add("--steps", type=cli.count, help="of the attack in defend.png, default 20")
