@@ -261,12 +261,12 @@ def in_units(length, norm):
 def in_batches(function, images, labels, size, show=lambda done: None):
     """function(images, labels) for `size` images at a time, as floats in [0, 1]; its results in one tensor.
 
-    The function gets copies: whatever it does to them, the images stay. show(done) is told the part of the
+    The function gets copies: whatever it does to them, images and labels stay. show(done) is told the part of the
     images that is done.
     """
     results = []
     for x, y in zip(images.split(size), labels.split(size)):
-        results.append(function(data.as_floats(x).clone(), y))
+        results.append(function(data.as_floats(x).clone(), y.clone()))
         show(sum(map(len, results)) / len(images))
     return torch.cat(results)
 
@@ -458,7 +458,7 @@ def measure(cell, args, images, labels, batch, show):
     entry, attacked, attack = cell.entry, cell.attacked, attack_named(cell.attack).function
 
     def attack_and_score(x, y):
-        candidates = [attack(attacked, x.clone(), y, cell.eps, loss=loss, **cell.settings)
+        candidates = [attack(attacked, x.clone(), y.clone(), cell.eps, loss=loss, **cell.settings)
                       for loss in cell.losses]
         adversarial = candidates[0] if len(candidates) == 1 else strongest(attacked, candidates, y)
         check_adversarial(adversarial, x, cell.eps, args.norm)
@@ -474,7 +474,7 @@ def facts_of(cell, args, images, pixels, one_answer):
     all of them, or "".
     """
     entry, settings, attack = cell.entry, cell.settings, attack_named(cell.attack)
-    functions = [attack.function, attack.fixed, *(LOSSES[name] for name in cell.losses if name in LOSSES)]
+    functions = [attack.function, attack.fixed, *LOSSES.values()]
     return dict(
         level=entry.level, value=entry.value, attack=cell.attack, norm=args.norm, eps=f"{cell.eps:.6g}",
         steps=settings["steps"], step_size=f"{settings['step_size']:.6g}", restarts=settings["restarts"],
@@ -517,7 +517,9 @@ def main(argv=None):
                 clean_of[entry.name] = percent(right), one_answer
             clean, one_answer = clean_of[entry.name]
             facts = facts_of(cell, args, total, pixels, one_answer)
-            old = report.find_row(measured, facts, table)
+            names = dict(defense=entry.name, run=entry.folder, data=args.data)
+            same = report.find_row(measured, {**names, **facts}, table)
+            old = same or report.find_row(measured, facts, table)
             if old:  # by the same code, weights, images and settings
                 robust, seconds, warned = float(old["robust_accuracy"]), "kept", old.get("warnings", "")
             else:
@@ -537,10 +539,10 @@ def main(argv=None):
             lowest[entry.name] = min(robust, lowest.get(entry.name, 100.0))
         if robust > clean + 1:
             print("note: more images are right under attack than without one: this attack does not work here")
-        if not old:
+        if not same:  # new, or the run has another name now
             report.append_row(table, dict(
-                defense=entry.name, run=entry.folder, data=args.data, **facts, clean_accuracy=f"{clean:.2f}",
-                robust_accuracy=f"{robust:.2f}", seconds=seconds, warnings=warned, commit=run.commit()))
+                **names, **facts, clean_accuracy=f"{clean:.2f}", robust_accuracy=f"{robust:.2f}",
+                seconds=seconds, warnings=warned, commit=run.commit()))
     say_without_eot(cells)
     summary = ", ".join(f"{name} {robust:.1f}%" for name, robust in lowest.items())
     runs = " ".join(shlex.quote(str(folder)) for folder in args.runs)

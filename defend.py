@@ -159,7 +159,7 @@ def print_clean_accuracy(args, entries, images, labels, classes):
         seconds, quality = time.perf_counter() - started, "-"
         if entry.defense is not None:
             with torch.no_grad():
-                decibels = in_batches(lambda x, y: report.psnr(entry.defense.purify(x), x), images, labels,
+                decibels = in_batches(lambda x, y: report.psnr(entry.defense.purify(x.clone()), x), images, labels,
                                       args.max_batch)
             quality = f"{mean_over_processes(decibels):.2f}"
         print(f"{entry.name:{width}}  {report.interval(correct, total):>22}  {quality:>7}  {total / seconds:8.0f}",

@@ -220,10 +220,10 @@ def main(argv=None):
     if saved is None and args.init:
         other, started_from = run.load(args.init)
         run.say_made_by_other_code({args.init: started_from})
-        training.initialize(classifier, other, args.init)
+        training.initialize(classifier, other, f"the {started_from['kind']} in {args.init}")
     elif saved is None and not args.from_scratch:
         started_from = pretraining
-        training.initialize(classifier, autoencoder, args.autoencoder)
+        training.initialize(classifier, autoencoder, f"the autoencoder in {args.autoencoder}")
     optimizer = torch.optim.AdamW(
         training.parameter_groups(classifier, args.weight_decay, args.layer_decay),
         betas=(0.9, args.beta2), fused=True)
@@ -289,12 +289,13 @@ def main(argv=None):
     training.check_processes(defended)
     defended = run.build_whole(run.read(args.out), device)
     cli.seed_everything(args.seed)
+    held_out = len(heldout)
     heldout, heldout_labels = tested.own_share(heldout, heldout_labels)
     correct = percent(in_batches(lambda x, y: accuracy(defended, x, y), heldout, heldout_labels,
                                  args.max_batch))
     say_one_answer(args.out, defended, heldout, heldout_labels, train.classes, args.max_batch)
     behind = f" behind {defended.title}, {defended.level}" if is_defended else ""
-    print(f"{correct:.1f}% of the validation images are right{behind}\nthe run is in {args.out}; next: "
+    print(f"{correct:.1f}% of {held_out} validation images are right{behind}\nthe run is in {args.out}; next: "
           f"python attack.py {args.out}")
 
 

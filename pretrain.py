@@ -134,7 +134,7 @@ def main(argv=None):
     if args.init and saved is None:
         other, started_from = run.load(args.init)
         run.say_made_by_other_code({args.init: started_from})
-        training.initialize(autoencoder, other, args.init)
+        training.initialize(autoencoder, other, f"the {started_from['kind']} in {args.init}")
     optimizer = torch.optim.AdamW(training.parameter_groups(autoencoder, args.weight_decay),
                                   betas=(0.9, args.beta2), fused=True)
     if saved:

@@ -207,8 +207,12 @@ def load_entry(entry, table, at, seed, device):
                         f"{seed} is looked for: move it, or train that seed")
     say_other_recipe(entry, table, here / entry.run, checkpoint, pretraining)
     chosen = [pair for text in entry.defenses for pair in tested.parse_defense(text, ())]
-    return [tested.put_in_front(here / entry.run, classifier, checkpoint, autoencoder, pretraining, *pair)
-            for pair in chosen]
+    found = [tested.put_in_front(here / entry.run, classifier, checkpoint, autoencoder, pretraining, *pair)
+             for pair in chosen]
+    if len({one.level for one in found}) < len(found):
+        raise UserError(f"two levels of {entry.name} read alike ({', '.join(one.level for one in found)}), and would "
+                        "count as two seeds of one: give each a line of the table")
+    return found
 
 
 def main(argv=None):
@@ -238,9 +242,14 @@ def main(argv=None):
                    commit=run.commit())
         row = {name: report.as_text(value) for name, value in row.items()}
         cell = {name: value for name, value in row.items() if name not in NOT_MEASURED}
-        old = report.find_row(measured, cell, path)
+        names = dict(defense=line.name, run=entry.folder)
+        old = report.find_row(measured, {**cell, **names}, path) or report.find_row(measured, cell, path)
         if old:
-            rows.append({**old, "defense": line.name})
+            kept = {**old, **names}
+            if kept != old:  # measured under another name
+                measured.append(kept)
+                report.append_row(path, kept)
+            rows.append(kept)
             if old.get("warnings"):
                 print(f"warning: {name}: {old['warnings']}", file=sys.stderr)
             continue

@@ -57,14 +57,14 @@ def rows_of_one_attack(path):
 def defenses_to_draw(rows):
     """{name: {sigma, or None: its rows, one for each seed}}, in the table's order; says what is left out.
 
-    What has several levels that are no numbers, as distributions, is a defense for each.
+    What has levels that are no sigma, as masks or distributions, is a defense for each.
     """
     others = sorted({row["defense"] for row in rows if row["defense"].startswith(LEFT_OUT)})
     found = {}
     for row in rows:
         if row["defense"] in others:
             continue
-        sigma = float(row["value"]) if row["value"] else None
+        sigma = float(row["value"]) if row["level"].startswith("σ") and row["value"] else None
         has_level = sigma is None and row["level"] != "off"
         name = f"{row['defense']}, {row['level']}" if has_level else row["defense"]
         found.setdefault(name, {}).setdefault(sigma, []).append(row)

@@ -20,6 +20,11 @@ def without_folders(command):
     return shlex.join(re.sub("(^|=)/.*/", r"\1", word) for word in shlex.split(command))
 
 
+def in_public(made_by):
+    """What made a run, without the folders of this machine and the digests of its code."""
+    return [{**made, "command": without_folders(made["command"]), "code": {}} for made in made_by]
+
+
 def halve(checkpoint, dataset):
     """A finished run's checkpoint with weights in float16, without what only --resume needs.
 
@@ -32,8 +37,10 @@ def halve(checkpoint, dataset):
     halved["settings"] = {**checkpoint["settings"], "data": dataset}
     if halved["settings"].get("init"):
         halved["settings"]["init"] = Path(halved["settings"]["init"]).name
-    halved["made_by"] = [{**made, "command": without_folders(made["command"]), "code": {}}
-                         for made in checkpoint["made_by"]]
+    halved["made_by"] = in_public(checkpoint["made_by"])
+    if checkpoint.get("started_from"):
+        start = checkpoint["started_from"]
+        halved["started_from"] = {**start, "made_by": in_public(start["made_by"])}
     if checkpoint.get("autoencoder"):
         halved["autoencoder"] = halve(checkpoint["autoencoder"], dataset)
     return halved

@@ -22,6 +22,11 @@ class Entry(NamedTuple):
     defenses: tuple = ("off",)
     in_front: str = ""
 
+    @property
+    def init(self):
+        """The run of the table that --init names, or ""."""
+        return self.flags.partition("--init @/")[2].partition(" ")[0]
+
 
 class Table(NamedTuple):
     """The defenses of a data set, and what they are tested on unless the command line says otherwise.
@@ -35,6 +40,13 @@ class Table(NamedTuple):
     images: int
     l2: float
     every: int = 1
+
+    def command(self, run):
+        """The script and flags that make a run of this table."""
+        if run in self.pretraining:
+            return self.pretraining[run]
+        entry = next(entry for entry in self.entries if entry.run == run)
+        return f"finetune.py {entry.flags}"
 
 
 # flags that say where and how something is trained, not what
@@ -79,7 +91,7 @@ TABLES = {
         Entry("De³ with a linear filter, in testing that of σ = 100", "de3_wiener", "--init @/nim", "wiener",
               ("de3:100",), in_front="wiener100"),
         Entry("De³ with a linear filter, U(50, 150)", "de3_wiener_50-150",
-              "--sigma uniform:50,150 --init @/nim", "wiener", COLOR),
+              "--sigma uniform:50,150 --init @/nim", "wiener100", COLOR),
         Entry("De³ with a linear filter, from scratch", "de3_wiener_scratch", "--from-scratch", "wiener",
               ("de3:0",)),
         Entry("De³ with a blur", "de3_blur", "--init @/nim", "blur", ("de3:0",)),
@@ -121,8 +133,8 @@ def missing_commands(table, chosen, at, seeds, dataset):
                 return
             line = next(line for line in table.entries if line.run == name)
             need(line.autoencoder)
-            if "--init @/" in line.flags:
-                need(line.flags.partition("--init @/")[2].split()[0])
+            if line.init:
+                need(line.init)
             pretrained, flags = shlex.quote(str(here / line.autoencoder)), line.flags
             flags = flags.replace("@", shlex.quote(str(here)))
             commands[f"python finetune.py --autoencoder {pretrained} {flags} "
@@ -153,15 +165,22 @@ def what_decides(command):
 
 
 def say_other_recipe(entry, table, folder, checkpoint, pretraining):
-    """A note where a run, or the autoencoder in front of it, was made by other flags than the table's.
+    """A note where a run was made by other flags than the table's; so of its autoencoder, and of its start.
 
     checkpoint, pretraining: what is known of both; pretraining is None where there is no autoencoder.
     """
     made = [(folder, checkpoint, f"finetune.py {entry.flags}")]
+    if checkpoint.get("started_from"):  # runs of older code do not say it
+        made.append((f"what {folder} started from", checkpoint["started_from"],
+                     table.command(entry.init or entry.autoencoder)))
     if pretraining is not None:
         pretrained = entry.in_front or entry.autoencoder
         made.append((f"the autoencoder of {folder}", pretraining, table.pretraining[pretrained]))
+    seed = checkpoint["settings"]["seed"]
     for what, of_run, command in made:
+        its_seed = of_run["settings"].get("seed", seed)
+        if its_seed != seed:
+            print(f"note: {what} was trained with seed {its_seed}, and {folder} with {seed}")
         used = what_decides(of_run["made_by"][0]["command"])
         if used != what_decides(command):
             print(f"note: {what} was made by: {' '.join(sorted(used))}, and the table says: {command}")

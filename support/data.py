@@ -161,7 +161,8 @@ class Images(datasets.ImageFolder):
     """torchvision's ImageFolder without what systems add to folders; folders that are numbers count.
 
     A real folder or file counts once, whatever links lead to it; folders whose names differ only in how
-    their accents are written (Macs write NFD) are one class. left_out: the endings of the other files.
+    their accents are written (Macs write NFD) are one class. left_out: how many other files, by their endings,
+    and images that lie in no class folder.
     """
 
     def __init__(self, folder):
@@ -184,6 +185,9 @@ class Images(datasets.ImageFolder):
         return is_image(path, self.root)
 
     def find_classes(self, directory):
+        loose = [entry for entry in os.scandir(directory) if entry.is_file() and is_image(entry.path, directory)]
+        if loose:
+            self.left_out["in no class folder"] = len(loose)
         names = [entry.name for entry in os.scandir(directory)
                  if entry.is_dir() and not entry.name.startswith(HIDDEN)]
         if not names:
@@ -312,7 +316,7 @@ def open_split(dataset, split, image_size):
     left_out = getattr(opened, "left_out", {})
     if left_out:
         counts = ", ".join(f"{count} {ending}" for ending, count in sorted(left_out.items()))
-        print(f"note: {dataset}/{split}: files that are not read as images were left out: {counts}")
+        print(f"note: {dataset}/{split}: files were left out: {counts}")
     return opened
 
 

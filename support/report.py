@@ -40,7 +40,7 @@ def append_row(path, row):
     path.parent.mkdir(parents=True, exist_ok=True)
     with run.patiently(lambda: open(path, "a+", newline="", encoding="utf-8", errors=UNREADABLE)) as file:
         file.seek(0)
-        text = file.read()
+        text = file.read().removeprefix("\ufeff")  # a spreadsheet may have put a mark in front
         columns = next(csv.reader(text.splitlines()), None)
         if columns not in (None, list(row)):
             raise UserError(OTHER_COLUMNS.format(path))

@@ -9,6 +9,7 @@ A checkpoint holds tensors and plain values only:
     epoch        of epochs; with the seed it is the random state as well (training.seed_epoch)
     settings     what decides the weights; data: what it was trained on and is tested at; classes; log
     made_by      command, torch, commit and digests of the code, an entry for each time the code changed
+    started_from kind, made_by and seed of the run whose weights it started from; None: random ones
 
 A folder holds one run. It is begun once: whoever creates checkpoint.pt owns the folder.
 """
@@ -141,7 +142,8 @@ def files_of_yours():
 def digest_of_code_of(files, model, *functions):
     """One digest of these files, of yours, and of what defines a model's classes, the functions, the noise laws.
 
-    What is defined in a notebook's cell, or in a file outside the project, counts by its own source.
+    What is defined in a notebook's cell counts by its own source, what is defined in a file outside the project
+    by the whole file.
     """
     definitions = {kind for part in model.modules() for kind in type(part).__mro__}
     definitions |= {law.draw for law in NOISE_LAWS.values()}
@@ -157,7 +159,7 @@ def digest_of_code_of(files, model, *functions):
         if path.is_relative_to(REPOSITORY) and "site-packages" not in path.parts:
             own.add(path.relative_to(REPOSITORY).as_posix())
         elif not is_installed(module, path):
-            sources.append(source_of(definition))
+            sources.append(path.read_text(encoding="utf-8") if path.is_file() else source_of(definition))
     digest = digest_of_files({*files, *own, *files_of_yours()})
     if sources:
         digest = hashlib.sha256(repr([digest, sorted(sources)]).encode()).hexdigest()[:12]
@@ -331,23 +333,27 @@ def begin(args, kind, files, config, dataset, train, started_from=None, **more):
         args.out.mkdir(parents=True, exist_ok=True)
         path = args.out / "checkpoint.pt"
         is_empty = path.exists() and path.stat().st_size == 0  # a run that ended before its first save
-        if args.overwrite or (args.resume and is_empty):
-            for name in ("checkpoint.pt", "log.csv", "pretrain.png"):
-                (args.out / name).unlink(missing_ok=True)
-        try:
-            open(path, "xb").close()  # atomic: of two processes one succeeds
-        except FileExistsError:
-            raise UserError(f"another process has begun a run in {args.out}: name another folder with "
-                            "--out") from None
+        if path.exists() and (args.overwrite or (args.resume and is_empty)):  # the first save replaces it
+            (args.out / "pretrain.png").unlink(missing_ok=True)
+        else:
+            try:
+                open(path, "xb").close()  # atomic: of two processes one succeeds
+            except FileExistsError:
+                raise UserError(f"another process has begun a run in {args.out}: name another folder with "
+                                "--out") from None
     settings = {name: plain(value) for name, value in vars(args).items() if name not in NOT_SETTINGS}
     images = train.tensors[0] if data.in_memory(train) else None
     about = facts(args.data, dataset, images, len(train))
     if started_from and "digests" in started_from["data"]:  # its images have shaped these weights, too
         own = about.get("digests", torch.empty(0, dtype=torch.long))
         about["digests"] = torch.cat([own, started_from["data"]["digests"]]).unique()
+    start = None
+    if started_from:
+        start = dict(kind=started_from["kind"], made_by=started_from["made_by"],
+                     settings=dict(seed=started_from["settings"].get("seed")))
     return dict(kind=kind, config=config, settings=settings, data=about, classes=train.classes, epoch=0,
                 epochs=args.epochs, log=[], made_by=[dict(origin(args.command, files), from_epoch=1)],
-                threads=torch.get_num_threads(), world_size=cli.world_size(), **more)
+                started_from=start, threads=torch.get_num_threads(), world_size=cli.world_size(), **more)
 
 
 def facts(name, dataset, images=None, total=0):
@@ -379,10 +385,24 @@ def plain(value):
     return str(value) if isinstance(value, Path) else value
 
 
+def check_groups(saved, now, folder):
+    """UserError unless an optimizer's groups are those of the run in this folder, whose settings would win."""
+    same = len(saved) == len(now)
+    for before, after in zip(saved, now):
+        settings = before.keys() & after.keys() - {"lr"}  # the lr is set at each step
+        same = same and all(before[name] == after[name] for name in settings)
+    if not same:
+        raise UserError(f"the optimizer's parameter groups are others than when {folder} was begun: change them "
+                        "back, or train anew with --overwrite")
+
+
 def restore(checkpoint, args, files, train, **parts):
     """Give the parts (model, optimizer ...) what the run left; what is different now is noted, and said."""
     for name, part in parts.items():
-        part.load_state_dict(checkpoint["resume"][name])
+        state = checkpoint["resume"][name]
+        if isinstance(part, torch.optim.Optimizer):
+            check_groups(state["param_groups"], part.state_dict()["param_groups"], args.out)
+        part.load_state_dict(state)
     for name, value in checkpoint["settings"].items():
         if name != "data" and plain(getattr(args, name)) != value:  # a stage has settled it anew
             raise UserError(f"{name} was {value} when {args.out} was begun, and is {getattr(args, name)} by the "
@@ -457,7 +477,10 @@ def told_if_not_saved(path):
 
 def write_log(folder, checkpoint):
     """Write log.csv from the checkpoint, in the process of rank 0."""
-    if cli.rank() > 0 or not checkpoint["log"]:
+    if cli.rank() > 0:
+        return
+    if not checkpoint["log"]:  # a new run: what another one left is not its
+        (folder / "log.csv").unlink(missing_ok=True)
         return
     with patiently(lambda: open(folder / "log.csv", "w", newline="", encoding="utf-8")) as file:
         table = csv.DictWriter(file, list(checkpoint["log"][0]))

@@ -93,7 +93,7 @@ def seed_epoch(seed, epoch):
 
 
 def initialize(model, other, source):
-    """Give a model the weights that another one, read from `source`, has under the same names.
+    """Give a model the weights that another one has under the same names; source: which that is, in words.
 
     A head for another number of classes is left out. Says what kept its initial value; UserError where
     nothing fits, or a shape differs.

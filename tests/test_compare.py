@@ -200,6 +200,23 @@ class TestCompare(WithSmallTable):
         for other in (same + " --epochs 2", same.replace("finetune", "pretrain"), same.replace("nim", "mim")):
             self.assertNotEqual(decides(other), decides(same))
 
+    def test_other_start(self):
+        """So is one that started from the classifier of a De³ where the table says its autoencoder."""
+        folder = self.runs()
+        path, of_de3 = folder / "clean" / "checkpoint.pt", torch.load(folder / "de3" / "checkpoint.pt")
+        checkpoint = torch.load(path)
+        checkpoint["started_from"] = dict(kind="classifier", settings=dict(seed=0), made_by=of_de3["made_by"])
+        torch.save(checkpoint, path)
+        with mock.patch.object(compare, "measure", return_value=dict.fromkeys(compare.MEASURED, 50.0)):
+            result = finished(self.compare("--only", "undefended"))
+        self.assertRegex(result.out, "note: what .*clean started from was made by: .*finetune.py"
+                                     ".*, and the table says: pretrain.py --sigma 75\n")
+        checkpoint["started_from"]["settings"] = dict(seed=1)
+        torch.save(checkpoint, path)
+        with mock.patch.object(compare, "measure", return_value=dict.fromkeys(compare.MEASURED, 50.0)):
+            result = finished(self.compare("--only", "undefended"))
+        self.assertRegex(result.out, "note: what .*clean started from was trained with seed 1, and .*clean with 0\n")
+
     def test_other_data(self):
         """Said of every run that was trained on other data, not of the first alone."""
         path = self.runs() / "de3" / "checkpoint.pt"
@@ -209,6 +226,25 @@ class TestCompare(WithSmallTable):
         with mock.patch.object(compare, "measure", return_value=dict.fromkeys(compare.MEASURED, 50.0)):
             result = finished(self.compare("--only", "undefended", "De³"))
         self.assertRegex(result.out, "note: .*de3 was trained on elsewhere and is tested on")
+
+    def test_levels_that_read_alike(self):
+        """Are no seeds of one defense: refused."""
+        self.runs()
+        _, de3, *_ = SMALL.entries
+        entries = [de3._replace(defenses=("de3:40", "no-denoise:40"))]
+        with mock.patch.dict(tables.TABLES, small=SMALL._replace(entries=entries)):
+            assert_refused(self.compare(), ("two levels of De³ read alike", "σ = 40, σ = 40"))
+
+    def test_renamed_line(self):
+        """What was measured under another name gets a row under this one, once."""
+        self.runs()
+        self.measured("--only", "undefended")
+        entries = [SMALL.entries[0]._replace(name="no defense")]
+        with mock.patch.dict(tables.TABLES, small=SMALL._replace(entries=entries)):
+            for _ in range(2):
+                self.assertEqual(self.measured(), [])
+        rows = read_csv(self.folder / "compare.csv")
+        self.assertEqual([row["defense"] for row in rows], ["undefended", "no defense"])
 
     def test_cut_short(self):
         """What was measured before is kept, and the rest is measured."""

@@ -79,6 +79,17 @@ class TestBegin(unittest.TestCase):
         self.assertEqual({path.name for path in folder.iterdir()},
                          {"checkpoint.pt", "log.csv", "pretrain.png"})
 
+    def test_overwriting_fails(self):
+        """The old run is there until the new one is saved."""
+        folder = new_folder() / "run"
+        checkpoint, *_ = begun(folder)
+        run_module.save(folder, checkpoint, small_classifier(), random_images())
+        before = (folder / "checkpoint.pt").read_bytes()
+        checkpoint, *_ = begun(folder, overwrite=True)
+        with mock.patch("torch.save", side_effect=OSError("no space")), self.assertRaises(UserError):
+            run_module.save(folder, checkpoint, small_classifier(), random_images())
+        self.assertEqual((folder / "checkpoint.pt").read_bytes(), before)
+
     def test_unwritable(self):
         """Told before anything is trained."""
         a_file = new_folder() / "file"

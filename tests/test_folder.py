@@ -104,7 +104,7 @@ class TestFolder(unittest.TestCase):
         out = new_folder()
         result = run("finetune", "--mode", "clean", "--from-scratch", *training(8), *photo_flags(),
                      "--out", out)
-        shown, = re.findall(r"^([\d.]+)% of the validation images are right$", finished(result).out, re.M)
+        shown, = re.findall(r"^([\d.]+)% of \d+ validation images are right$", finished(result).out, re.M)
         right = accuracy(run_module.load(out, "classifier")[0], images, labels)
         self.assertEqual(float(shown), round(100 * right.mean().item(), 1))
         self.assertGreater(float(shown), 80)
@@ -132,7 +132,7 @@ class TestFolder(unittest.TestCase):
         self.assertEqual([training for _, _, training in calls].count(True), 3)  # batches
         self.assertFalse(any(gradients for _, gradients, _ in calls))
         self.assertEqual({str(defense.sigma) for defense, _, _ in calls}, {"uniform:0,60"})
-        self.assertRegex(result.out, "% of the validation images are right behind De³, σ = uniform:0,60\n")
+        self.assertRegex(result.out, r"% of \d+ validation images are right behind De³, σ = uniform:0,60\n")
         self.assertEqual((photo_autoencoder() / "checkpoint.pt").read_bytes(), before)
         held, original = saved(out)["autoencoder"], saved(photo_autoencoder())
         self.assertEqual(held["config"], original["config"])
@@ -185,8 +185,11 @@ class TestFolder(unittest.TestCase):
             out = new_folder()
             result = finished(run(script, "--init", source, *flags, *training(base_lr=1e-12), *photo_flags(),
                                   "--out", out))
-            self.assertIn(f"weights from {source}; at their initial value: {left}\n", result.out)
+            kind = "autoencoder" if source == nim else "classifier"
+            self.assertIn(f"weights from the {kind} in {source}; at their initial value: {left}\n", result.out)
             weights, given = saved(out)["model"], saved(source)["model"]
+            self.assertEqual(saved(out)["started_from"], dict(
+                kind=kind, made_by=saved(source)["made_by"], settings=dict(seed=saved(source)["settings"]["seed"])))
             for name, value in given.items():
                 if name in weights:
                     self.assertTrue(torch.allclose(weights[name], value, atol=1e-6), name)

@@ -63,8 +63,9 @@ class TestWhatCounts(unittest.TestCase):
         for name in ("0.gif", "1.HEIC", "2.heic", "readme", ".DS_Store", "._0.png"):
             (folder / "train" / "red" / name).write_bytes(b"?")
         (folder / "val" / "red" / "notes.txt").write_bytes(b"?")
-        said = [f"note: {folder}/{split}: files that are not read as images were left out: {endings}\n"
-                for split, endings in (("train", "1 (no ending), 1 .gif, 2 .heic"), ("val", "1 .txt"))]
+        shutil.copy(next((folder / "val" / "red").glob("*.png")), folder / "val" / "loose.png")
+        said = [f"note: {folder}/{split}: files were left out: {endings}\n"
+                for split, endings in (("train", "1 (no ending), 1 .gif, 2 .heic"), ("val", "1 .txt, 1 in no class folder"))]
         self.assertEqual(self.said(folder), "".join(said))
 
     def said(self, folder):

@@ -78,7 +78,7 @@ class TestInitialize(unittest.TestCase):
             out = new_folder() / "run"
             result = finished(run(script, "--init", source, *flags, *photo_flags(),
                                   *training_flags(base_lr=1e-9), "--out", out))
-            self.assertIn(f"weights from {source}; at their initial value: ", result.out)
+            self.assertIn(f" in {source}; at their initial value: ", result.out)
             given, trained = saved(source)["model"], saved(out)
             for name in ("patch_embed.proj.weight", "cls_token", "blocks.3.mlp.fc2.weight"):
                 assert_near(trained["model"][name], given[name], atol=1e-4)
@@ -150,7 +150,7 @@ class TestPublished(FilesOfWeights):
         nim = new_folder() / "nim"
         result = finished(run("pretrain", "--init", mae, *photo_flags(), *training_flags(base_lr=1e-9),
                               "--out", nim))
-        self.assertIn(f"weights from {mae}; at their initial value: none", result.out)
+        self.assertIn(f"weights from the autoencoder in {mae}; at their initial value: none", result.out)
         assert_near(saved(nim)["model"]["decoder_pred.weight"], state["decoder_pred.weight"], atol=1e-4)
         self.assertEqual((saved(nim)["task"], saved(nim)["config"]["norm_pix"]), ("nim", False))
 

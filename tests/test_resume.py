@@ -15,6 +15,7 @@ import finetune
 import pretrain
 from model import CLASSIFIERS, SIZES
 from support import data
+from support import training as training_module
 from tests.helpers import (assert_refused, assert_same_run, copy_of_photos, cut_after,
                            finished, kill_after_first_save, new_folder, photo_autoencoder, photo_classifier,
                            photo_flags, photo_runs, photos, read_csv, run, saved, training)
@@ -84,6 +85,16 @@ class TestResume(unittest.TestCase):
                 run(script, *flags, *training(2), "--out", part, "--resume")
             finished(run(script, *flags, *training(2), "--out", part, "--resume"))
             assert_same_run(part, whole)
+
+    def test_other_groups(self):
+        """An optimizer's settings would be those that were saved, whatever the code of now says: refused."""
+        out, groups = new_folder() / "run", training_module.parameter_groups
+        flags = (*training(2), *photo_flags(), "--out", out)
+        with cut_after(1):
+            run("pretrain", *flags)
+        with mock.patch.object(training_module, "parameter_groups", lambda model, weight_decay: groups(model, 20.0)):
+            assert_refused(run("pretrain", *flags, "--resume"), ("parameter groups are others", "--overwrite"))
+        finished(run("pretrain", *flags, "--resume"))
 
     def test_photographs(self):
         """Loaded from the disk one by one, with the paper's augmentation, its mixing and drop path."""

@@ -193,6 +193,9 @@ class TestKinds(unittest.TestCase):
         attack.in_batches(spoil, images, torch.zeros(4), 2)
         attack.accuracy(lambda x: x.zero_()[:, :, 0, 0], images, torch.zeros(4, dtype=torch.long), draws=2)
         self.assertTrue(torch.equal(images, before))
+        labels = torch.zeros(4, dtype=torch.long)
+        attack.in_batches(lambda x, y: y.add_(1), images, labels, 2)
+        self.assertEqual(labels.tolist(), [0] * 4)
         row = attack.Attack(lambda model, images, labels, eps, **settings: greedy(model, images, labels, 2 * eps))
         with mock.patch.dict(attack.ATTACKS, pgd=row):
             result = run_stage("attack", "assets/digits/clean", "--attack", "pgd", "--images", 6, "--eps", "8/255",
@@ -375,6 +378,32 @@ class TestKinds(unittest.TestCase):
         for changes in ({"defense": "quantizer"}, {"config": {**checkpoint["config"], "arch": "mixer"}}):
             torch.save({**checkpoint, **changes}, folder / "checkpoint.pt")
             assert_refused(run_stage("attack", folder), "no entry of DEFENSES, AUTOENCODERS or CLASSIFIERS")
+
+    def test_labels_stay(self):
+        """An attack that makes targets of its labels in place is scored by the labels."""
+        def targeted(model, images, labels, eps, **settings):
+            labels += 1
+            labels %= 10
+            return images
+        with mock.patch.dict(attack.ATTACKS, pgd=attack.Attack(targeted)):
+            out = new_folder()
+            finished(run_stage("attack", "assets/digits/clean", "--attack", "pgd", "--images", 6, "--eps", "8/255",
+                               "--out", out))
+        row, = read_csv(out / "attack.csv")
+        self.assertEqual(row["robust_accuracy"], row["clean_accuracy"])
+
+    def test_renamed_run(self):
+        """Its figures are kept, in a row under the new name; a second time there is nothing to add."""
+        first, second = new_folder() / "first", new_folder() / "second"
+        shutil.copytree("assets/digits/clean", first)
+        out = new_folder()
+        for folder in (first, second, second):
+            if folder is second and first.exists():
+                first.rename(second)
+            finished(run_stage("attack", folder, "--attack", "fgsm", "--images", 4, "--eps", "8/255", "--out", out))
+        rows = read_csv(out / "attack.csv")
+        self.assertEqual([row["defense"] for row in rows], ["first", "second"])
+        self.assertEqual(len({row["robust_accuracy"] for row in rows}), 1)
 
     def test_kept_row_keeps_its_warning(self):
         out = new_folder()
