@@ -393,7 +393,8 @@ class TestDefense(unittest.TestCase):
 
     def test_compare(self):
         """In a table of the comparison, by name; a random one without a noise to know."""
-        entries = [tables.Entry("gray", "clean", "--mode clean", defenses=("rounded:3", "dithered:3"))]
+        entries = [tables.Entry(name, "clean", "--mode clean", defenses=(f"{name}:3",))
+                   for name in ("rounded", "dithered")]
         table = tables.Table({"nim": "pretrain.py"}, entries, images=6, l2=0.0)
         at = photo_classifier("clean").parent
         (at / "nim").symlink_to(photo_autoencoder())
@@ -403,7 +404,8 @@ class TestDefense(unittest.TestCase):
             finished(run("studies.compare", "small", "--data", photos(), "--at", at, "--steps", 1,
                          "--eot", 3, "--workers", 0))
         rows = read_csv(at / "compare.csv")
-        self.assertEqual([(row["defense"], row["level"]) for row in rows], 2 * [("gray", "3 grays")])
+        named = [(row["defense"], row["level"]) for row in rows]
+        self.assertEqual(named, [("rounded", "3 grays"), ("dithered", "3 grays")])
         self.assertEqual([row["noise_known"] == "" for row in rows], [False, True])
         self.assertEqual({call.kwargs["eot"] for call in attacks.call_args_list
                           if isinstance(call.args[0], Dithered) and "eot" in call.kwargs}, {3})

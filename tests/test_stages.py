@@ -30,7 +30,7 @@ class TestStages(unittest.TestCase):
         nim = saved(folder / "nim")
         ends = ("right behind De³, σ = uniform:100,400", "right")
         for mode, end, result in zip(("de3", "clean"), ends, finetuned):
-            accuracy, = re.findall(rf"^([\d.]+)% of the validation images are {end}$", result.out, re.M)
+            accuracy, = re.findall(rf"^([\d.]+)% of 240 validation images are {end}$", result.out, re.M)
             self.assertGreater(float(accuracy), 18)  # chance is 10
             self.assertIn(f"\nthe run is in {folder / mode}; next: python attack.py {folder / mode}\n",
                           result.out)
