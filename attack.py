@@ -474,7 +474,7 @@ def facts_of(cell, args, images, pixels, one_answer):
     all of them, or "".
     """
     entry, settings, attack = cell.entry, cell.settings, attack_named(cell.attack)
-    functions = [attack.function, attack.fixed, *LOSSES.values()]
+    functions = [attack.function, attack.fixed, *LOSSES.values()]  # strong chooses its losses by itself
     return dict(
         level=entry.level, value=entry.value, attack=cell.attack, norm=args.norm, eps=f"{cell.eps:.6g}",
         steps=settings["steps"], step_size=f"{settings['step_size']:.6g}", restarts=settings["restarts"],

@@ -289,13 +289,13 @@ def main(argv=None):
     training.check_processes(defended)
     defended = run.build_whole(run.read(args.out), device)
     cli.seed_everything(args.seed)
-    held_out = len(heldout)
+    total = len(heldout)
     heldout, heldout_labels = tested.own_share(heldout, heldout_labels)
     correct = percent(in_batches(lambda x, y: accuracy(defended, x, y), heldout, heldout_labels,
                                  args.max_batch))
     say_one_answer(args.out, defended, heldout, heldout_labels, train.classes, args.max_batch)
     behind = f" behind {defended.title}, {defended.level}" if is_defended else ""
-    print(f"{correct:.1f}% of {held_out} validation images are right{behind}\nthe run is in {args.out}; next: "
+    print(f"{correct:.1f}% of {total} validation images are right{behind}\nthe run is in {args.out}; next: "
           f"python attack.py {args.out}")
 
 

@@ -243,10 +243,11 @@ def main(argv=None):
         row = {name: report.as_text(value) for name, value in row.items()}
         cell = {name: value for name, value in row.items() if name not in NOT_MEASURED}
         names = dict(defense=line.name, run=entry.folder)
-        old = report.find_row(measured, {**cell, **names}, path) or report.find_row(measured, cell, path)
+        same = report.find_row(measured, {**cell, **names}, path)
+        old = same or report.find_row(measured, cell, path)
         if old:
             kept = {**old, **names}
-            if kept != old:  # measured under another name
+            if not same:  # measured under another name
                 measured.append(kept)
                 report.append_row(path, kept)
             rows.append(kept)

@@ -41,12 +41,13 @@ class Table(NamedTuple):
     l2: float
     every: int = 1
 
+    def entry_of(self, run):
+        """The first entry with this run."""
+        return next(entry for entry in self.entries if entry.run == run)
+
     def command(self, run):
-        """The script and flags that make a run of this table."""
-        if run in self.pretraining:
-            return self.pretraining[run]
-        entry = next(entry for entry in self.entries if entry.run == run)
-        return f"finetune.py {entry.flags}"
+        """The script and flags that make a run."""
+        return self.pretraining.get(run) or f"finetune.py {self.entry_of(run).flags}"
 
 
 # flags that say where and how something is trained, not what
@@ -131,7 +132,7 @@ def missing_commands(table, chosen, at, seeds, dataset):
             if name in table.pretraining:
                 commands[f"python {table.pretraining[name]}{common} --out {shlex.quote(str(folder))}"] = None
                 return
-            line = next(line for line in table.entries if line.run == name)
+            line = table.entry_of(name)
             need(line.autoencoder)
             if line.init:
                 need(line.init)
@@ -170,16 +171,16 @@ def say_other_recipe(entry, table, folder, checkpoint, pretraining):
     checkpoint, pretraining: what is known of both; pretraining is None where there is no autoencoder.
     """
     made = [(folder, checkpoint, f"finetune.py {entry.flags}")]
-    if checkpoint.get("started_from"):  # runs of older code do not say it
-        made.append((f"what {folder} started from", checkpoint["started_from"],
-                     table.command(entry.init or entry.autoencoder)))
     if pretraining is not None:
         pretrained = entry.in_front or entry.autoencoder
         made.append((f"the autoencoder of {folder}", pretraining, table.pretraining[pretrained]))
+    start = checkpoint.get("started_from")  # runs of older code do not say it
+    if start and (pretraining is None or start["made_by"] != pretraining["made_by"]):
+        made.append((f"what {folder} started from", start, table.command(entry.init or entry.autoencoder)))
     seed = checkpoint["settings"]["seed"]
     for what, of_run, command in made:
-        its_seed = of_run["settings"].get("seed", seed)
-        if its_seed != seed:
+        its_seed = of_run["settings"].get("seed")  # converted weights have none
+        if its_seed not in (None, seed):
             print(f"note: {what} was trained with seed {its_seed}, and {folder} with {seed}")
         used = what_decides(of_run["made_by"][0]["command"])
         if used != what_decides(command):

@@ -159,7 +159,7 @@ def digest_of_code_of(files, model, *functions):
         if path.is_relative_to(REPOSITORY) and "site-packages" not in path.parts:
             own.add(path.relative_to(REPOSITORY).as_posix())
         elif not is_installed(module, path):
-            sources.append(path.read_text(encoding="utf-8") if path.is_file() else source_of(definition))
+            sources.append(source_of(definition, path))
     digest = digest_of_files({*files, *own, *files_of_yours()})
     if sources:
         digest = hashlib.sha256(repr([digest, sorted(sources)]).encode()).hexdigest()[:12]
@@ -171,8 +171,13 @@ def is_installed(module, path):
     return module.split(".")[0] in sys.stdlib_module_names or "site-packages" in path.parts
 
 
-def source_of(definition):
-    """The text that defines a class or function; where there is none, one that never comes again."""
+def source_of(definition, path):
+    """The digest of the file that defines a class or function, or the text of a notebook's cell.
+
+    Where there is neither, one that never comes again.
+    """
+    if path.is_file():
+        return hashlib.sha256(path.read_bytes()).hexdigest()
     try:
         return inspect.getsource(definition)
     except (OSError, TypeError):

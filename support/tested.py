@@ -127,6 +127,8 @@ def load_run(folder, autoencoder_of, device):
     if not autoencoder_of and not checkpoint["autoencoder"]:
         return classifier, checkpoint, None, None
     autoencoder, pretraining = run.load(autoencoder_of or folder, "autoencoder", device)
+    if autoencoder_of:
+        run.say_made_by_other_code({autoencoder_of: pretraining})
     if pretraining["data"]["name"] != checkpoint["data"]["name"]:
         print(f"note: the autoencoder in front of {folder} was trained on {pretraining['data']['name']}, the "
               f"classifier on {checkpoint['data']['name']}")
@@ -160,8 +162,6 @@ def load_entries(args, device, votes=None):
             entries.append(entry)
     checkpoints = {folder: checkpoint for folder, (_, checkpoint, _, _) in loaded.items()}
     run.say_made_by_other_code(checkpoints)
-    if args.autoencoder:
-        run.say_made_by_other_code({args.autoencoder: run.read(args.autoencoder, "autoencoder")})
     entries = with_names_of_their_own(entries)
     first = entries[0].checkpoint
     args.data = args.data or first["data"]["name"]

@@ -216,6 +216,7 @@ class TestCompare(WithSmallTable):
         with mock.patch.object(compare, "measure", return_value=dict.fromkeys(compare.MEASURED, 50.0)):
             result = finished(self.compare("--only", "undefended"))
         self.assertRegex(result.out, "note: what .*clean started from was trained with seed 1, and .*clean with 0\n")
+        self.assertEqual(result.out.count(" was made by: "), 2)  # the run itself, and its start
 
     def test_other_data(self):
         """Said of every run that was trained on other data, not of the first alone."""

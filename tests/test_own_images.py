@@ -65,7 +65,8 @@ class TestWhatCounts(unittest.TestCase):
         (folder / "val" / "red" / "notes.txt").write_bytes(b"?")
         shutil.copy(next((folder / "val" / "red").glob("*.png")), folder / "val" / "loose.png")
         said = [f"note: {folder}/{split}: files were left out: {endings}\n"
-                for split, endings in (("train", "1 (no ending), 1 .gif, 2 .heic"), ("val", "1 .txt, 1 in no class folder"))]
+                for split, endings in (("train", "1 (no ending), 1 .gif, 2 .heic"),
+                                       ("val", "1 .txt, 1 in no class folder"))]
         self.assertEqual(self.said(folder), "".join(said))
 
     def said(self, folder):

@@ -236,6 +236,19 @@ class TestKinds(unittest.TestCase):
                     mock.patch.dict(sys.modules, late=late):
                 self.assertNotEqual(run.digest_of_code_of(["model.py"], model), before)
 
+    def test_file_outside(self):
+        """What a class of yours uses beside it, in a file outside the project, counts as well."""
+        digests, path = [], new_folder() / "outside.py"
+        for constant in (1, 1, 2):
+            path.write_text(f"import torch\nSCALE = {constant}\nclass Mine(torch.nn.Module):\n    pass\n")
+            module = types.ModuleType("outside")
+            module.__file__ = str(path)
+            with mock.patch.dict(sys.modules, outside=module):
+                exec(path.read_text(), vars(module))
+                digests.append(run.digest_of_code_of([], module.Mine()))
+        self.assertEqual(digests[0], digests[1])
+        self.assertNotEqual(digests[1], digests[2])
+
     def test_functions_with_arguments(self):
         """A partial of one's own counts by its function and its arguments; a noise law by its draw."""
         model = small_classifier()
